@@ -1,0 +1,207 @@
+"""Read a Hugging Face checkpoint folder: its config and its tensors, lazily, without ever running code from it."""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from arkinfer.config import ModelConfig
+from arkinfer.errors import UserError, nearest
+
+MAX_HEADER_BYTES = 100 << 20  # the limit that the safetensors format itself sets
+BUNDLED = Path(__file__).parent / "bundled"
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: its file, byte range, dtype and shape."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+def read_header(file: Path) -> dict[str, TensorEntry]:
+    """Read and check the header of one safetensors file; no tensor byte is touched.
+
+    Raises UserError for anything that the format forbids: a header longer than the file, unknown dtypes, shapes that do
+    not match their byte range, ranges that overlap, leave holes or pass the end of the file.
+    """
+
+    def bad(reason: str) -> UserError:
+        return UserError(
+            f"{file.name} is not a sound safetensors file: {reason}",
+            facts={"file": file},
+            hint="download or write the file again; an interrupted copy is the usual cause",
+            code="ARK-E121",
+        )
+
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise bad(f"its header claims {length} bytes and the file has {size}")
+        try:
+            header = json.loads(stream.read(length))
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise bad("its header is not JSON") from error
+    if not isinstance(header, dict):
+        raise bad("its header is not a JSON object")
+    header.pop("__metadata__", None)
+    entries: dict[str, TensorEntry] = {}
+    base = 8 + length
+    for name, fields in header.items():
+        try:
+            dtype = DTYPES[fields["dtype"]]
+            shape = tuple(int(size) for size in fields["shape"])
+            start, stop = (int(offset) for offset in fields["data_offsets"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise bad(f"tensor {name!r} has a malformed entry") from error
+        count = 1
+        for extent in shape:
+            count *= extent
+        if min(shape, default=0) < 0 or start < 0 or stop - start != count * dtype.itemsize:
+            raise bad(f"tensor {name!r} of shape {list(shape)} does not fill its byte range {start}..{stop}")
+        entries[name] = TensorEntry(file, dtype, shape, base + start, base + stop)
+    end = base
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start != end:
+            raise bad(f"tensor {name!r} overlaps its neighbour or leaves a hole before it")
+        end = entry.stop
+    if end != size:
+        raise bad(f"its tensors end at byte {end} and the file has {size}")
+    return entries
+
+
+class Checkpoint:
+    """A checkpoint folder opened for reading; tensors are memory-mapped and read only when asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.raw_config = self._json("config.json")
+        self.config = ModelConfig.from_json(self.raw_config)
+        self.entries = self._entries()
+        self._maps: dict[Path, mmap.mmap] = {}
+
+    @classmethod
+    def open(cls, model: str | Path) -> Checkpoint:
+        """Open a checkpoint folder or a bundled model by name.
+
+        Raises UserError when the folder, its config or its weights are missing or malformed.
+        """
+        bundled = sorted(folder.name for folder in BUNDLED.iterdir()) if BUNDLED.is_dir() else []
+        path = BUNDLED / model if str(model) in bundled else Path(model)
+        if not path.is_dir():
+            raise UserError(
+                f"no model at {str(model)!r}: neither a folder nor a bundled model",
+                facts={"bundled models": ", ".join(bundled)},
+                hint=f"{nearest(str(model), bundled)}\na folder with config.json, tokenizer.json and *.safetensors",
+                code="ARK-E120",
+            )
+        return cls(path)
+
+    def _json(self, name: str) -> dict[str, Any]:
+        file = self.path / name
+        try:
+            value = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise UserError(f"{self.path} has no {name}", hint="point at the folder that holds it", code="ARK-E122") from error
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise UserError(f"{file} is not valid JSON", facts={"reason": error}, code="ARK-E122") from error
+        if not isinstance(value, dict):
+            raise UserError(f"{file} is not a JSON object", code="ARK-E122")
+        return value
+
+    def optional_json(self, name: str) -> dict[str, Any]:
+        """Return the JSON object in ``name``, or an empty one if the checkpoint has no such file."""
+        return self._json(name) if (self.path / name).is_file() else {}
+
+    def _entries(self) -> dict[str, TensorEntry]:
+        index = self.path / "model.safetensors.index.json"
+        if index.is_file():
+            weight_map = self._json(index.name).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise UserError(f"{index} has no weight_map", code="ARK-E122")
+            names = sorted({str(name) for name in weight_map.values()})
+            if any(Path(name).name != name for name in names):
+                raise UserError(f"{index} names files outside its folder", code="ARK-E122")
+        else:
+            weight_map = None
+            names = sorted(file.name for file in self.path.glob("*.safetensors"))
+        if not names:
+            pickles = [file.name for file in self.path.iterdir() if file.suffix in (".bin", ".pt", ".pth")]
+            raise UserError(
+                f"{self.path} has no *.safetensors file",
+                facts={"found": ", ".join(pickles)} if pickles else {},
+                hint="pickle files run code when loaded and are never read; save the model again with safe_serialization=True"
+                if pickles
+                else "complete the download",
+                code="ARK-E123",
+            )
+        missing = [name for name in names if not (self.path / name).is_file()]
+        if missing:
+            raise UserError(
+                f"{len(missing)} of {len(names)} weight files are missing",
+                facts={"missing": ", ".join(missing[:8])},
+                hint="complete the download",
+                code="ARK-E123",
+            )
+        entries: dict[str, TensorEntry] = {}
+        for name in names:
+            for tensor, entry in read_header(self.path / name).items():
+                if tensor in entries:
+                    raise UserError(f"tensor {tensor} is in two files", facts={"files": f"{entries[tensor].file.name}, {name}"})
+                entries[tensor] = entry
+        absent = sorted(set(weight_map or ()) - set(entries))
+        if absent:
+            raise UserError(f"the index names {len(absent)} tensors that no file holds", facts={"first": absent[0]}, code="ARK-E123")
+        return entries
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return one tensor as a read-only view of the mapped file, in its stored dtype and shape."""
+        entry = self.entries.get(name)
+        if entry is None:
+            raise UserError(f"the checkpoint has no tensor {name}", facts={"nearest": nearest(name, list(self.entries))}, code="ARK-E124")
+        if entry.nbytes == 0:
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        data = self._map(entry.file)
+        count = entry.nbytes // entry.dtype.itemsize
+        if entry.start % entry.dtype.itemsize:
+            return torch.frombuffer(bytearray(data[entry.start : entry.stop]), dtype=entry.dtype).reshape(entry.shape)
+        return torch.frombuffer(data, dtype=entry.dtype, count=count, offset=entry.start).reshape(entry.shape)
+
+    def _map(self, file: Path) -> mmap.mmap:
+        if file not in self._maps:
+            with file.open("rb") as stream:
+                # A private writable map: torch warns about read-only buffers, and nothing here ever writes.
+                self._maps[file] = mmap.mmap(stream.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        return self._maps[file]
+
+    def names(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Number of stored weight elements."""
+        total = 0
+        for entry in self.entries.values():
+            total += entry.nbytes // entry.dtype.itemsize
+        return total
