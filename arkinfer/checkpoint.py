@@ -5,90 +5,22 @@ from __future__ import annotations
 import json
 import mmap
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from arkinfer.artifact.tensors import TensorEntry, map_file, read_header
 from arkinfer.config import ModelConfig
 from arkinfer.errors import UserError, nearest
 
-MAX_HEADER_BYTES = 100 << 20  # the limit that the safetensors format itself sets
 BUNDLED = Path(__file__).parent / "bundled"
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where one tensor lies: its file, byte range, dtype and shape."""
-
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.stop - self.start
-
-
-def read_header(file: Path) -> dict[str, TensorEntry]:
-    """Read and check the header of one safetensors file; no tensor byte is touched.
-
-    Raises UserError for anything that the format forbids: a header longer than the file, unknown dtypes, shapes that do
-    not match their byte range, ranges that overlap, leave holes or pass the end of the file.
-    """
-
-    def bad(reason: str) -> UserError:
-        return UserError(
-            f"{file.name} is not a sound safetensors file: {reason}",
-            facts={"file": file},
-            hint="download or write the file again; an interrupted copy is the usual cause",
-            code="ARK-E121",
-        )
-
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise bad(f"its header claims {length} bytes and the file has {size}")
-        try:
-            header = json.loads(stream.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise bad("its header is not JSON") from error
-    if not isinstance(header, dict):
-        raise bad("its header is not a JSON object")
-    header.pop("__metadata__", None)
-    entries: dict[str, TensorEntry] = {}
-    base = 8 + length
-    for name, fields in header.items():
-        try:
-            dtype = DTYPES[fields["dtype"]]
-            shape = tuple(int(size) for size in fields["shape"])
-            start, stop = (int(offset) for offset in fields["data_offsets"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise bad(f"tensor {name!r} has a malformed entry") from error
-        count = 1
-        for extent in shape:
-            count *= extent
-        if min(shape, default=0) < 0 or start < 0 or stop - start != count * dtype.itemsize:
-            raise bad(f"tensor {name!r} of shape {list(shape)} does not fill its byte range {start}..{stop}")
-        entries[name] = TensorEntry(file, dtype, shape, base + start, base + stop)
-    end = base
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
-        if entry.start != end:
-            raise bad(f"tensor {name!r} overlaps its neighbour or leaves a hole before it")
-        end = entry.stop
-    if end != size:
-        raise bad(f"its tensors end at byte {end} and the file has {size}")
-    return entries
 
 
 class Checkpoint:
@@ -180,20 +112,15 @@ class Checkpoint:
         entry = self.entries.get(name)
         if entry is None:
             raise UserError(f"the checkpoint has no tensor {name}", facts={"nearest": nearest(name, list(self.entries))}, code="ARK-E124")
+        dtype = DTYPES[entry.dtype]
         if entry.nbytes == 0:
-            return torch.empty(entry.shape, dtype=entry.dtype)
-        data = self._map(entry.file)
-        count = entry.nbytes // entry.dtype.itemsize
-        if entry.start % entry.dtype.itemsize:
-            return torch.frombuffer(bytearray(data[entry.start : entry.stop]), dtype=entry.dtype).reshape(entry.shape)
-        return torch.frombuffer(data, dtype=entry.dtype, count=count, offset=entry.start).reshape(entry.shape)
-
-    def _map(self, file: Path) -> mmap.mmap:
-        if file not in self._maps:
-            with file.open("rb") as stream:
-                # A private writable map: torch warns about read-only buffers, and nothing here ever writes.
-                self._maps[file] = mmap.mmap(stream.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-        return self._maps[file]
+            return torch.empty(entry.shape, dtype=dtype)
+        if entry.file not in self._maps:
+            self._maps[entry.file] = map_file(entry.file)
+        data = self._maps[entry.file]
+        if entry.start % dtype.itemsize:  # the format does not promise alignment
+            return torch.frombuffer(bytearray(data[entry.start : entry.stop]), dtype=dtype).reshape(entry.shape)
+        return torch.frombuffer(data, dtype=dtype, count=entry.count, offset=entry.start).reshape(entry.shape)
 
     def names(self) -> Iterator[str]:
         return iter(self.entries)
@@ -201,7 +128,4 @@ class Checkpoint:
     @cached_property
     def parameters(self) -> int:
         """Number of stored weight elements."""
-        total = 0
-        for entry in self.entries.values():
-            total += entry.nbytes // entry.dtype.itemsize
-        return total
+        return sum(entry.count for entry in self.entries.values())

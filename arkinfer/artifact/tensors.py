@@ -1,0 +1,167 @@
+"""Safetensors files, read and written with numpy alone: checked headers, memory maps, 64-byte alignment.
+
+The reader trusts nothing (sizes are checked before anything is allocated, holes and overlaps are refused); the writer
+streams tensors one at a time and aligns each to 64 bytes, which vector loads from the mapped file rely on.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arkinfer.errors import ArkError, UserError
+
+MAX_HEADER_BYTES = 100 << 20  # the limit that the safetensors format itself sets
+ALIGNMENT = 64
+
+ITEM_BYTES: Mapping[str, int] = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+NUMPY: Mapping[str, Any] = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64, "I32": np.int32,
+    "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: its file, byte range, safetensors dtype name and shape."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def count(self) -> int:
+        return self.nbytes // ITEM_BYTES[self.dtype]
+
+
+def read_header(file: Path, error: type[ArkError] = UserError, code: str = "ARK-E121") -> dict[str, TensorEntry]:
+    """Read and check the header of one safetensors file; no tensor byte is touched.
+
+    Raises ``error`` for anything that the format forbids: a header longer than the file, unknown dtypes, shapes that do
+    not match their byte range, ranges that overlap, leave holes or pass the end of the file.
+    """
+
+    def bad(reason: str) -> ArkError:
+        return error(
+            f"{file.name} is not a sound safetensors file: {reason}",
+            facts={"file": file},
+            hint="copy or write the file again; an interrupted copy is the usual cause",
+            code=code,
+        )
+
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise bad(f"its header claims {length} bytes and the file has {size}")
+        try:
+            header = json.loads(stream.read(length))
+        except (ValueError, RecursionError) as cause:
+            raise bad("its header is not JSON") from cause
+    if not isinstance(header, dict):
+        raise bad("its header is not a JSON object")
+    header.pop("__metadata__", None)
+    entries: dict[str, TensorEntry] = {}
+    base = 8 + length
+    for name, fields in header.items():
+        try:
+            dtype = fields["dtype"]
+            item = ITEM_BYTES[dtype]
+            shape = tuple(fields["shape"])
+            start, stop = fields["data_offsets"]
+        except (KeyError, TypeError, ValueError) as cause:
+            raise bad(f"tensor {name!r} has a malformed entry") from cause
+        if not all(type(value) is int and value >= 0 for value in (*shape, start, stop)):
+            raise bad(f"tensor {name!r} has a malformed entry")
+        count = 1
+        for extent in shape:
+            count *= extent
+        if stop - start != count * item:
+            raise bad(f"tensor {name!r} of shape {list(shape)} does not fill its byte range {start}..{stop}")
+        entries[name] = TensorEntry(file, dtype, shape, base + start, base + stop)
+    end = base
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start != end:
+            raise bad(f"tensor {name!r} overlaps its neighbour or leaves a hole before it")
+        end = entry.stop
+    if end != size:
+        raise bad(f"its tensors end at byte {end} and the file has {size}")
+    return entries
+
+
+def map_file(file: Path) -> mmap.mmap:
+    """Map a file privately. The map is writable (copy on write) because tensor libraries reject read-only buffers."""
+    with file.open("rb") as stream:
+        return mmap.mmap(stream.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def load(file: Path, error: type[ArkError] = UserError, code: str = "ARK-E121") -> dict[str, np.ndarray]:
+    """Return every tensor of ``file`` as a view of its memory map; bfloat16 comes as its uint16 bits."""
+    entries = read_header(file, error, code)
+    if not any(entry.nbytes for entry in entries.values()):
+        return {name: np.empty(entry.shape, NUMPY[entry.dtype]) for name, entry in entries.items()}
+    data = map_file(file)
+    return {
+        name: np.frombuffer(data, NUMPY[entry.dtype], entry.count, entry.start).reshape(entry.shape)
+        for name, entry in entries.items()
+    }
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to be written: safetensors dtype name and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        count = ITEM_BYTES[self.dtype]
+        for extent in self.shape:
+            count *= extent
+        return count
+
+
+def write(file: Path, specs: Mapping[str, TensorSpec], chunks: Iterator[tuple[str, list[np.ndarray]]]) -> None:
+    """Write ``specs`` in order; ``chunks`` yields each name, in the same order, with its data in consecutive pieces.
+
+    Every tensor starts at a multiple of 64 bytes in the file; the gaps are tensors of their own named ``~N``, since the
+    format allows no holes. Equal inputs give equal bytes. Raises ValueError when the data do not fill a spec.
+    """
+    header: dict[str, Any] = {}
+    offset = 0
+    for index, (name, spec) in enumerate(specs.items()):
+        header[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offset, offset + spec.nbytes]}
+        offset += spec.nbytes
+        if gap := -offset % ALIGNMENT:
+            header[f"~{index}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [offset, offset + gap]}
+            offset += gap
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for (expected, spec), (name, pieces) in zip(specs.items(), chunks, strict=True):
+            if name != expected:
+                raise ValueError(f"tensor {name} was written where {expected} belongs")
+            written = 0
+            for piece in pieces:
+                data = np.ascontiguousarray(piece)
+                stream.write(data.reshape(-1).view(np.uint8).data)
+                written += data.nbytes
+            if written != spec.nbytes:
+                raise ValueError(f"tensor {name} has {written} bytes of data and {spec.nbytes} declared")
+            stream.write(b"\0" * (-written % ALIGNMENT))
