@@ -1,0 +1,96 @@
+"""Fusions that every backend profits from: fewer, wider operators; the arithmetic of each stays what it was."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+import arkinfer.ops.fused  # noqa: F401  (registers the operators that these passes create)
+from arkinfer.graph import ModelGraph, Weight
+
+aten = torch.ops.aten
+ark = torch.ops.arkinfer
+
+
+def _users(graph: fx.Graph, target: Any) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op == "call_function" and node.target is target]
+
+
+def shared_input_linears(model: ModelGraph) -> ModelGraph:
+    """Merge linears that read the same tensor (q, k, v; gate, up) into one, and slice its output.
+
+    One wider matrix streams from memory in one run and quantises its input once.
+    """
+    graph = model.graph
+    siblings: dict[fx.Node, list[fx.Node]] = {}
+    for node in _users(graph, ark.linear.default):
+        siblings.setdefault(node.args[0], []).append(node)
+    for shared, linears in siblings.items():
+        if len(linears) < 2 or any(model.uses(linear.args[1]) > 1 for linear in linears):
+            continue
+        parts = [model.weights[linear.args[1].name] for linear in linears]
+        biases = [linear.args[5] if len(linear.args) > 5 else linear.kwargs.get("bias") for linear in linears]
+        if any(bias is None for bias in biases) != all(bias is None for bias in biases):
+            continue
+        merged = model.add_weight(Weight.concatenate(parts), before=linears[0])
+        bias = None
+        if biases[0] is not None:
+            bias = model.add_weight(Weight.concatenate([model.weights[item.name] for item in biases]), before=linears[0])
+        with graph.inserting_before(linears[0]):
+            fused = model.call(ark.linear.default, (shared, merged), {"bias": bias} if bias is not None else {})
+        start = 0
+        for linear, part in zip(linears, parts, strict=True):
+            with graph.inserting_before(linear):
+                piece = model.call(aten.slice.Tensor, (fused, 1, start, start + part.shape[0]))
+            linear.replace_all_uses_with(piece)
+            graph.erase_node(linear)
+            start += part.shape[0]
+    model.drop_unused_weights()
+    return model
+
+
+def swiglu(model: ModelGraph) -> ModelGraph:
+    """Replace ``silu(gate) * up``, both halves of one merged linear, by one operator."""
+    graph = model.graph
+    for product in _users(graph, aten.mul.Tensor):
+        gate, up = product.args[:2]
+        if not (isinstance(gate, fx.Node) and gate.target is aten.silu.default and isinstance(up, fx.Node)):
+            continue
+        first = gate.args[0]
+        if not (first.target is aten.slice.Tensor and up.target is aten.slice.Tensor and first.args[0] is up.args[0]):
+            continue
+        merged = first.args[0]
+        width = merged.meta["val"].shape[1]
+        if first.args[1:] != (1, 0, width // 2) or up.args[1:] != (1, width // 2, width):
+            continue
+        with graph.inserting_before(product):
+            fused = model.call(ark.swiglu.default, (merged,))
+        product.replace_all_uses_with(fused)
+    graph.eliminate_dead_code()
+    return model
+
+
+def add_rms_norm(model: ModelGraph) -> ModelGraph:
+    """Replace ``residual + scale * delta`` followed by RMSNorm by one operator that returns both."""
+    graph = model.graph
+    for norm in _users(graph, aten.rms_norm.default):
+        total, _, weight, eps = norm.args
+        if total.target is not aten.add.Tensor:
+            continue
+        residual, delta = total.args
+        scale = 1.0
+        if delta.target is aten.mul.Tensor and isinstance(delta.args[1], float):
+            delta, scale = delta.args
+        with graph.inserting_before(total):
+            pair = model.call(ark.add_rms_norm.default, (residual, delta, weight, scale, eps))
+            added = model.call(operator.getitem, (pair, 0))
+            normed = model.call(operator.getitem, (pair, 1))
+        norm.replace_all_uses_with(normed)
+        total.replace_all_uses_with(added)
+        graph.erase_node(norm)
+        graph.erase_node(total)
+    graph.eliminate_dead_code()
+    return model
