@@ -1,0 +1,302 @@
+"""The tvm backend: a compiled Relax module, mapped weights, and caches that the kernels update in place.
+
+Only numpy, tvm_ffi and libtvm_runtime are loaded; the compiler stays on the build host.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arkinfer.artifact import Artifact
+from arkinfer.artifact.tensors import load as load_tensors
+from arkinfer.backends.base import Executor, State
+from arkinfer.errors import ArtifactError, UnsupportedError, UserError
+from arkinfer.targets.probe import isa_levels
+
+BLOCK = 64  # capacities are whole attention blocks
+NEVER = 2**62  # a dense_len that no position reaches
+_CPU = 1  # DLPack's kDLCPU
+_POOLED = 2  # the VM's pooled allocator
+
+_runtime: ctypes.CDLL | None = None
+
+
+def _ffi(threads: int) -> Any:
+    """Load the TVM runtime library once per process and set its pool to ``threads``; return the tvm_ffi module."""
+    global _runtime
+    if _runtime is None:
+        # Read once, when the pool starts: pinning the caller would confine every thread that it spawns later.
+        os.environ.setdefault("TVM_BIND_THREADS", "0")
+        os.environ["TVM_NUM_THREADS"] = str(os.cpu_count() or 1)
+    try:
+        import tvm_ffi
+    except ImportError as error:
+        raise UnsupportedError(
+            "the tvm backend needs the package apache-tvm-ffi", hint="pip install 'arkinfer[tvm]'", code="ARK-E310"
+        ) from error
+    if _runtime is None:
+        spec = importlib.util.find_spec("tvm")
+        roots = list(spec.submodule_search_locations or ()) if spec is not None else []
+        libraries = [file for root in roots for file in Path(root).glob("**/libtvm_runtime.*") if file.suffix != ".py"]
+        if not libraries:
+            raise UnsupportedError(
+                "the tvm backend needs the library libtvm_runtime of the package apache-tvm",
+                hint="pip install 'arkinfer[tvm]'",
+                code="ARK-E310",
+            )
+        _runtime = ctypes.CDLL(str(libraries[0]), ctypes.RTLD_GLOBAL)
+    tvm_ffi.get_global_func("runtime.config_threadpool")(1, threads)
+    return tvm_ffi
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Return zeros at a 64-byte boundary; untouched pages of a large array take no memory."""
+    nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    buffer = np.zeros(nbytes + 64, np.uint8)
+    offset = -buffer.ctypes.data % 64
+    return buffer[offset : offset + nbytes].view(dtype).reshape(shape)
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """One state tensor of all layers; ``extent`` names the axis that grows with the capacity and its units.
+
+    ``shape`` holds -1 at that axis; its size is ``ceil(entries(capacity) / pack)``.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    size: int  # tokens that one entry needs before it exists: kernel size, or 1 for keys and values
+    stride: int
+    pack: int
+
+    def allocate(self, capacity: int) -> np.ndarray:
+        entries = capacity // self.stride
+        extent = max(1, -(-entries // self.pack))
+        return _aligned(tuple(extent if axis == -1 else axis for axis in self.shape), np.dtype(self.dtype))
+
+    def copy(self, source: np.ndarray, target: np.ndarray) -> None:
+        axis = self.shape.index(-1)
+        index = (slice(None),) * axis + (slice(0, min(source.shape[axis], target.shape[axis])),)
+        target[index] = source[index]
+
+
+class TvmState(State):
+    """The caches of one sequence."""
+
+    def __init__(self, executor: TvmExecutor, capacity: int) -> None:
+        self._executor = executor
+        self.length = 0
+        self.capacity = capacity
+        self.arrays = {spec.name: spec.allocate(capacity) for spec in executor.cache_specs}
+        self.tensors = [executor.ffi.from_dlpack(array) for array in self.arrays.values()]
+
+    def truncate(self, length: int) -> None:
+        """Forget every token from ``length`` on; later steps overwrite what the caches hold of them."""
+        if not 0 <= length <= self.length:
+            raise UserError(f"cannot truncate a state of {self.length} tokens to {length}", code="ARK-E211")
+        self.length = length
+
+    def fork(self) -> TvmState:
+        """Return an independent copy."""
+        twin = TvmState(self._executor, self.capacity)
+        for spec in self._executor.cache_specs:
+            np.copyto(twin.arrays[spec.name], self.arrays[spec.name])
+        twin.length = self.length
+        return twin
+
+
+class TvmExecutor(Executor):
+    """Runs one artifact's compiled module. Not thread-safe: the Engine serialises its steps."""
+
+    def __init__(self, artifact: Artifact, threads: int | None, attention: str | None) -> None:
+        self.threads = threads or int(os.environ.get("ARKINFER_THREADS", "0")) or len(os.sched_getaffinity(0))
+        if self.threads < 1:
+            raise UserError(f"threads must be at least 1, not {self.threads}", code="ARK-E212")
+        self.ffi = _ffi(self.threads)
+        plan = json.loads(artifact.file("payload/plan.json").read_text(encoding="utf-8"))
+        self.plan = plan
+        usable = isa_levels()
+        self.isa = next((level for level in plan["isa"] if level in usable), "")
+        if not self.isa:
+            raise UnsupportedError(
+                "this artifact holds no code for this processor",
+                facts={"artifact": ", ".join(plan["isa"]), "this machine": ", ".join(usable) or "none that arkinfer knows"},
+                hint="build again for a target whose arch lists one of this machine's levels",
+                code="ARK-E311",
+            )
+        self.vocab_size = int(plan["vocab_size"])
+        self.max_context = int(plan["max_context"])
+        self.cache_specs = [CacheSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in plan["caches"]]
+        self._attention = attention or artifact.manifest.attention
+        self._gear = self._threshold(self._attention)
+        frequencies = plan["rope"]["inverse_frequencies"]
+        self._frequencies = np.array([float.fromhex(value) for value in frequencies], np.float32)
+        self._magnitude = np.float32(float.fromhex(plan["rope"]["magnitude"]))
+        try:
+            module = self.ffi.load_module(str(artifact.file(f"payload/{self.isa}.so").resolve()))
+            machine = module["vm_load_executable"]()
+            machine["vm_initialization"](_CPU, 0, _POOLED)
+        except Exception as error:  # tvm_ffi raises types of its own for any load failure
+            raise ArtifactError(
+                "the compiled module does not load",
+                facts={"file": f"payload/{self.isa}.so", "reason": str(error).splitlines()[-1]},
+                hint="build the artifact again with this version of apache-tvm",
+                code="ARK-E510",
+            ) from error
+        self._machine = machine
+        self._step, self._decode, self._trace = machine["step"], machine["decode"], machine["trace"]
+        self._arrays = load_tensors(artifact.file(plan["weights"]), ArtifactError, "ARK-E511")
+        self._parameters = self.ffi.convert([self.ffi.from_dlpack(self._arrays[name]) for name in plan["parameters"]])
+        self._traced: dict[str, np.ndarray] = {}
+        self._one = _aligned((1,), np.int32)
+        self._one_tensor = self.ffi.from_dlpack(self._one)
+        self._row = self.ffi.from_dlpack(_aligned((1,), np.int32))
+
+    def _threshold(self, attention: str) -> int:
+        sparse = self.plan["sparse"]
+        if attention == "dense" or (attention == "auto" and sparse is None):
+            return NEVER
+        if sparse is None:
+            raise UserError(
+                "this model has no sparse attention: its config has no sparse_config",
+                hint="--attention dense, or add sparse_config to config.json and build again",
+                code="ARK-E213",
+            )
+        if attention not in ("auto", "sparse"):
+            raise UserError(f"attention is auto, dense or sparse, not {attention!r}", code="ARK-E213")
+        length = int(sparse["dense_len"])
+        return 0 if attention == "sparse" or length < 0 else length
+
+    def new_state(self, capacity: int | None = None) -> TvmState:
+        """Reserve caches for ``capacity`` tokens (default: the artifact's context), rounded up to whole blocks."""
+        capacity = min(capacity or self.max_context, self.max_context)
+        return TvmState(self, -(-capacity // BLOCK) * BLOCK)
+
+    def rotation(self, start: int, count: int) -> np.ndarray:
+        """Return the table (count, head_dim) float32 of cosines, then sines, for positions start..start+count-1.
+
+        The angle is rounded to float32 before its cosine is taken, as every implementation of these models does.
+        """
+        positions = np.arange(start, start + count, dtype=np.float32)
+        angles = positions[:, None] * self._frequencies  # (count, head_dim / 2)
+        table = _aligned((count, 2 * self._frequencies.size), np.float32)
+        np.cos(angles, out=table[:, : self._frequencies.size])
+        np.sin(angles, out=table[:, self._frequencies.size :])
+        if self._magnitude != 1:
+            table *= self._magnitude
+        return table
+
+    def step(self, tokens: Sequence[int], state: State, logits: str = "last") -> np.ndarray:
+        """Append ``tokens`` to ``state`` and return float32 logits (rows, vocab): the last row's, all, or none."""
+        count = len(tokens)
+        ids = self._check(tokens, state)
+        if count == 1 and logits != "none":
+            self._one[0] = ids[0]
+            result = self._call(self._decode, self._one_tensor, state, 1, self._row)
+        else:
+            rows = {"last": [count - 1], "all": range(count), "none": []}[logits]
+            indices = _aligned((len(rows),), np.int32)
+            indices[:] = rows
+            result = self._call(self._step, self.ffi.from_dlpack(ids), state, count, self.ffi.from_dlpack(indices))
+        state.length += count
+        return np.from_dlpack(result[0])
+
+    def _call(self, function: Any, ids: Any, state: State, count: int, rows: Any) -> Any:
+        assert isinstance(state, TvmState)
+        table = self.ffi.from_dlpack(self.rotation(state.length, count))
+        scalars = self.ffi.Shape([state.length, self._gear])
+        return function(ids, table, rows, scalars, *state.tensors, self._parameters)
+
+    def _check(self, tokens: Sequence[int], state: State) -> np.ndarray:
+        ids = _aligned((len(tokens),), np.int32)
+        ids[:] = tokens
+        if ids.size == 0:
+            raise UserError("a step needs at least one token", code="ARK-E214")
+        if int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size:
+            raise UserError(
+                "a token id lies outside the vocabulary",
+                facts={"ids": f"{ids.min()}..{ids.max()}", "vocabulary": self.vocab_size},
+                code="ARK-E215",
+            )
+        if state.length + ids.size > state.capacity:
+            raise UserError(
+                "the context is full",
+                facts={"in the context": state.length, "new tokens": ids.size, "capacity": state.capacity},
+                hint="start a new session, or build again with a larger --context",
+                code="ARK-E216",
+            )
+        return ids
+
+    def tap(self, names: Sequence[str]) -> Mapping[str, np.ndarray]:
+        """Return inner values of the last ``trace``: ``layer.N`` is the residual stream (tokens, hidden) after layer N."""
+        return {name: self._traced[name] for name in names}
+
+    def trace(self, tokens: Sequence[int], state: State) -> Mapping[str, np.ndarray]:
+        """Run ``tokens`` like ``step`` and keep the residual stream after every layer for ``tap``."""
+        ids = self._check(tokens, state)
+        rows = _aligned((1,), np.int32)
+        rows[:] = len(tokens) - 1
+        result = self._call(self._trace, self.ffi.from_dlpack(ids), state, len(tokens), self.ffi.from_dlpack(rows))
+        state.length += len(tokens)
+        values = [np.from_dlpack(result[index]) for index in range(1, 1 + len(self.plan["taps"]))]
+        self._traced = dict(zip(self.plan["taps"], values, strict=True))
+        return self._traced
+
+    def fill(self, state: State, depth: int, seed: int = 0) -> None:
+        """Make ``state`` ``depth`` tokens long with random caches, for timing at depth without a prefill."""
+        assert isinstance(state, TvmState)
+        generator = np.random.default_rng(seed)
+        for spec in self.cache_specs:
+            array = state.arrays[spec.name].reshape(-1)
+            tile = generator.standard_normal(min(array.size, 1 << 20), np.float32)
+            if array.dtype == np.int8:
+                tile *= 40
+            elif spec.name.endswith("_scale"):
+                tile = np.abs(tile) * np.float32(0.02)
+            sample = tile.astype(array.dtype)
+            for start in range(0, array.size, sample.size):
+                part = array[start : start + sample.size]
+                part[:] = sample[: part.size]
+        state.length = depth
+
+    def decode_bytes(self, depth: int) -> int:
+        """Return the bytes that one decode step must read at a context of ``depth`` tokens: weights and caches."""
+        entry = self.plan["bytes"]
+        visible = depth + 1
+        per_token = entry["kv_per_token"]
+        total = int(entry["weights"])
+        if visible < self._gear or self.plan["sparse"] is None:
+            return total + visible * per_token
+        sparse = self.plan["sparse"]
+        chosen = min(visible, (sparse["topk"] + sparse["window_size"] // sparse["block_size"]) * sparse["block_size"])
+        return total + chosen * per_token + int(visible * entry["compressed_per_token"])
+
+    def prefill_ops(self, tokens: int, depth: int) -> int:
+        """Return the multiply and add operations of the linear layers for ``tokens`` prompt tokens (attention excluded)."""
+        return int(self.plan["ops_per_token"]) * tokens
+
+    def close(self) -> None:
+        """Drop the module and the weight map."""
+        self._step = self._decode = self._trace = self._machine = None
+        self._parameters = None
+        self._arrays = {}
+
+
+def open(artifact: Artifact, threads: int | None = None, attention: str | None = None) -> TvmExecutor:
+    """Open ``artifact`` on this machine's processor.
+
+    Raises UnsupportedError when no code in the artifact fits the processor or the runtime library is absent, and
+    ArtifactError when the payload does not load.
+    """
+    return TvmExecutor(artifact, threads, attention)
