@@ -31,6 +31,7 @@ class Weight:
     shape: tuple[int, ...]
     format: str = "dense"
     group: int = 0
+    part: str = "weight"  # or "scales"
 
     @staticmethod
     def concatenate(parts: Sequence[Weight]) -> Weight:
@@ -72,25 +73,34 @@ class ModelGraph:
         node = self.graph.call_function(target, args, dict(kwargs or {}))
         values = fx.map_arg(node.args, lambda item: item.meta["val"])
         keywords = fx.map_arg(node.kwargs, lambda item: item.meta["val"])
-        mode = next(
-            value.fake_mode for n in self.graph.nodes if isinstance(value := n.meta.get("val"), torch._subclasses.FakeTensor)
-        )
-        with mode:
+        with self._fake_mode():
             node.meta["val"] = target(*values, **keywords)
         return node
 
-    def add_weight(self, weight: Weight, dtype: torch.dtype = torch.float32, before: fx.Node | None = None) -> fx.Node:
-        """Add a weight input and return its placeholder; ``before`` is any node that comes after the inputs."""
-        last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
+    def add_weight(
+        self,
+        weight: Weight,
+        dtype: torch.dtype = torch.float32,
+        shape: tuple[int, ...] | None = None,
+    ) -> fx.Node:
+        """Add a weight input of ``dtype`` and ``shape`` (default: the weight's own) and return its placeholder."""
+        last = self.placeholders()[-1]
+        name = weight.name if weight.part == "weight" else f"{weight.name}_{weight.part}"
         with self.graph.inserting_after(last):
-            node = self.graph.placeholder("w_" + "".join(c if c.isalnum() else "_" for c in weight.name))
-        mode = next(
-            value.fake_mode for n in self.graph.nodes if isinstance(value := n.meta.get("val"), torch._subclasses.FakeTensor)
-        )
-        with mode:
-            node.meta["val"] = torch.empty(weight.shape, dtype=dtype, device="meta")
+            node = self.graph.placeholder("w_" + "".join(c if c.isalnum() else "_" for c in name))
+        with self._fake_mode():
+            node.meta["val"] = torch.empty(shape or weight.shape, dtype=dtype, device="meta")
         self.weights[node.name] = weight
         return node
+
+    def weight_of(self, node: fx.Node) -> Weight:
+        """Return the weight that a linear or embedding node reads."""
+        index = 0 if node.target is torch.ops.aten.embedding.default else 1
+        return self.weights[node.args[index].name]
+
+    def _fake_mode(self) -> torch._subclasses.FakeTensorMode:
+        values = (node.meta.get("val") for node in self.graph.nodes)
+        return next(value.fake_mode for value in values if isinstance(value, torch._subclasses.FakeTensor))
 
     def uses(self, node: fx.Node) -> int:
         """Return how many nodes read ``node``."""

@@ -37,15 +37,15 @@ def _(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 @torch.library.custom_op("arkinfer::embedding", mutates_args=())
-def embedding(tokens: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, format: str, group: int) -> torch.Tensor:
-    """Return the rows ``tokens`` (tokens,) of a packed table as float32 (tokens, hidden); formats as in ops.linear."""
+def embedding(tokens: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, format: str, group: int, scale: float) -> torch.Tensor:
+    """Return ``scale`` times the rows ``tokens`` (n,) of a packed table, float32 (n, hidden); formats as in ops.linear."""
     rows = weight[tokens]
     width = rows.shape[1] * {"int4": 2, "ternary": 4}.get(format, 1)
     picked = None if scales is None else scales[tokens]
-    return dequantise(Packed(format, group, (rows.shape[0], width), rows, picked))
+    return dequantise(Packed(format, group, (rows.shape[0], width), rows, picked)) * scale
 
 
 @embedding.register_fake
-def _(tokens: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, format: str, group: int) -> torch.Tensor:
+def _(tokens: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, format: str, group: int, scale: float) -> torch.Tensor:
     width = weight.shape[1] * {"int4": 2, "ternary": 4}.get(format, 1)
     return weight.new_empty(tokens.shape[0], width, dtype=torch.float32)

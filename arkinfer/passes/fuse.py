@@ -35,10 +35,10 @@ def shared_input_linears(model: ModelGraph) -> ModelGraph:
         biases = [linear.args[5] if len(linear.args) > 5 else linear.kwargs.get("bias") for linear in linears]
         if any(bias is None for bias in biases) != all(bias is None for bias in biases):
             continue
-        merged = model.add_weight(Weight.concatenate(parts), before=linears[0])
+        merged = model.add_weight(Weight.concatenate(parts))
         bias = None
         if biases[0] is not None:
-            bias = model.add_weight(Weight.concatenate([model.weights[item.name] for item in biases]), before=linears[0])
+            bias = model.add_weight(Weight.concatenate([model.weights[item.name] for item in biases]))
         with graph.inserting_before(linears[0]):
             fused = model.call(ark.linear.default, (shared, merged), {"bias": bias} if bias is not None else {})
         start = 0

@@ -1,0 +1,219 @@
+"""Measure an artifact against the torch reference, and judge the result.
+
+Only the lowering is judged here: both sides use the same packed weights, the same cache type and the same activation
+quantisation, so that any difference beyond rounding is a fault of the artifact.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from arkinfer.errors import ParityError
+from arkinfer.reference import Reference
+
+TEXTS = Path(__file__).parent / "texts"
+SUITES: Mapping[str, int] = {"fast": 2048, "full": 20480}  # positions compared
+WINDOW = 512
+CHUNK = 192  # not a divisor of WINDOW: chunk borders fall at odd places
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a numeric path must reach: mean and worst KL divergence (nats) and the share of equal top tokens.
+
+    A top token may differ only where the reference's own two best logits lie within ``margin``.
+    """
+
+    mean_kl: float
+    max_kl: float
+    top1: float
+    margin: float
+
+
+# Float paths differ from the reference only in the order of float32 sums. With int8 activations or caches, such a
+# difference can move a value across a rounding border, one step of 1/127 of its group, and spread from there.
+GATES: Mapping[str, Gate] = {
+    "float": Gate(mean_kl=1e-6, max_kl=1e-4, top1=1.0, margin=1e-3),
+    "fp16": Gate(mean_kl=2e-4, max_kl=2e-2, top1=0.995, margin=0.05),
+    "int8": Gate(mean_kl=1e-3, max_kl=5e-2, top1=0.99, margin=0.2),
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of a verification; ``positions`` next-token distributions were compared."""
+
+    suite: str
+    path: str
+    positions: int
+    mean_kl: float
+    p999_kl: float
+    max_kl: float
+    top1: float
+    max_logit_difference: float
+    gate: Gate
+    data: str
+    faults: tuple[str, ...]
+    first_bad_layer: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        return not self.faults
+
+    def summary(self) -> str:
+        """Return one sentence for people."""
+        verdict = "verified" if self.passed else "NOT verified"
+        return f"{verdict} over {self.positions} positions: mean KL {self.mean_kl:.1e}, top-1 {self.top1:.2%} ({self.path} path)"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as the manifest seals it."""
+        return {**asdict(self), "faults": list(self.faults), "passed": self.passed}
+
+
+class Stepper(Protocol):
+    """The part of an Executor that verification needs."""
+
+    def new_state(self, capacity: int | None = None) -> Any: ...
+    def step(self, tokens: Sequence[int], state: Any, logits: str = "last") -> np.ndarray: ...
+    def trace(self, tokens: Sequence[int], state: Any) -> Mapping[str, np.ndarray]: ...
+
+
+def windows(encode: Callable[[str], Sequence[int]], vocabulary: int, suite: str, limit: int) -> tuple[list[list[int]], str]:
+    """Return token windows of at most ``limit`` tokens that together hold the suite's positions, and their digest.
+
+    The texts are English, Chinese and code; later windows join their paragraphs in other orders. A tokenizer that maps
+    most of them to one token (a word list of a constructed model) gets seeded random tokens instead.
+    """
+    paragraphs = [part for file in sorted(TEXTS.glob("*.txt")) for part in re.split(r"\n\s*\n", file.read_text("utf-8"))]
+    wanted, size = SUITES[suite], min(WINDOW, limit)
+    sample = list(encode("\n\n".join(paragraphs)))
+    random_tokens = len(set(sample)) < 64
+    generator = random.Random(20250606)
+    found: list[list[int]] = []
+    positions = 0
+    while positions < wanted:
+        if random_tokens:
+            stream = [generator.randrange(vocabulary) for _ in range(wanted)]
+        else:
+            stream = list(encode("\n\n".join(paragraphs)))
+            generator.shuffle(paragraphs)
+        for start in range(0, len(stream), size):
+            window = stream[start : start + size][: wanted - positions]
+            if len(window) > 1:
+                found.append(window)
+                positions += len(window)
+            if positions >= wanted - 1:
+                digest = hashlib.sha256(repr(found).encode()).hexdigest()
+                return found, digest
+    return found, hashlib.sha256(repr(found).encode()).hexdigest()
+
+
+def divergence(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return KL(reference || other) in nats for each row of two logit arrays (rows, vocab)."""
+
+    def log_softmax(logits: np.ndarray) -> np.ndarray:
+        shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+        return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+    ours, theirs = log_softmax(reference), log_softmax(other)
+    result: np.ndarray = (np.exp(ours) * (ours - theirs)).sum(axis=1)
+    return np.maximum(result, 0)
+
+
+def compare(
+    executor: Stepper,
+    reference: Reference,
+    texts: tuple[list[list[int]], str],
+    suite: str,
+    path: str,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Report:
+    """Feed ``texts`` to both sides in uneven chunks and compare every next-token distribution."""
+    gate = GATES[path]
+    found, digest = texts
+    total = sum(len(window) for window in found)
+    kl: list[np.ndarray] = []
+    differences: list[np.ndarray] = []
+    agreed: list[np.ndarray] = []
+    close: list[np.ndarray] = []
+    finite = True
+    done = 0
+    for window in found:
+        theirs, ours = executor.new_state(len(window)), reference.new_state(len(window))
+        for start in range(0, len(window), CHUNK):
+            chunk = window[start : start + CHUNK]
+            right, got = reference.step(chunk, ours), executor.step(chunk, theirs, "all")
+            finite = finite and bool(np.isfinite(got).all())
+            kl.append(divergence(right, np.nan_to_num(got)))
+            differences.append(np.abs(right - got).max(axis=1))
+            two = np.partition(right, -2, axis=1)[:, -2:]
+            agreed.append(right.argmax(axis=1) == got.argmax(axis=1))
+            close.append(two[:, 1] - two[:, 0] < gate.margin)
+            done += len(chunk)
+            if progress is not None:
+                progress("verify", done, total)
+    divergences = np.concatenate(kl)
+    same, tied = np.concatenate(agreed), np.concatenate(close)
+    faults = []
+    if not finite:
+        faults.append("some logits are not finite numbers")
+    if divergences.mean() > gate.mean_kl:
+        faults.append(f"mean KL {divergences.mean():.2e} exceeds {gate.mean_kl:.0e}")
+    if divergences.max() > gate.max_kl:
+        faults.append(f"largest KL {divergences.max():.2e} exceeds {gate.max_kl:.0e}")
+    if same.mean() < gate.top1 and not bool((same | tied).all()):
+        faults.append(f"top token equal in {same.mean():.2%}, below {gate.top1:.1%}")
+    first_bad = None
+    if faults:
+        first_bad = locate(executor, reference, found[0][:CHUNK])
+    return Report(
+        suite=suite,
+        path=path,
+        positions=int(divergences.size),
+        mean_kl=float(divergences.mean()),
+        p999_kl=float(np.quantile(divergences, 0.999)),
+        max_kl=float(divergences.max()),
+        top1=float(same.mean()),
+        max_logit_difference=float(np.concatenate(differences).max()),
+        gate=gate,
+        data=digest,
+        faults=tuple(faults),
+        first_bad_layer=first_bad,
+    )
+
+
+def locate(executor: Stepper, reference: Reference, tokens: Sequence[int]) -> str | None:
+    """Return the first layer whose residual stream is wrong, judged by the jump of its relative error."""
+    theirs, ours = executor.new_state(len(tokens)), reference.new_state(len(tokens))
+    got = executor.trace(tokens, theirs)
+    right = reference.trace(tokens, ours, reference.residuals())
+    previous = 1e-6
+    for name, value in right.items():
+        error = float(np.abs(value - got[name]).max() / (np.abs(value).max() + 1e-30))
+        if not np.isfinite(error) or error > max(1e-3, 30 * previous):
+            return name
+        previous = max(previous, error)
+    return None
+
+
+def require(report: Report) -> None:
+    """Raise ParityError if ``report`` did not pass."""
+    if report.passed:
+        return
+    facts = {"path": report.path, "positions": report.positions, "faults": "; ".join(report.faults)}
+    if report.first_bad_layer is not None:
+        facts["first bad layer"] = report.first_bad_layer
+    raise ParityError(
+        "the artifact does not compute what the reference computes",
+        facts=facts,
+        hint="report this with the model's config.json; --verify none builds an artifact that says it is unverified",
+        code="ARK-E401",
+    )

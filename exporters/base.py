@@ -1,0 +1,61 @@
+"""What an exporter is: it turns the model graph and its weights into the payload of one backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from arkinfer.graph import ModelGraph, Weight
+from arkinfer.quant.packed import Packed
+from arkinfer.targets import Target
+
+Progress = Callable[[str, int, int], None]  # stage, units done, units in all
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """The choices that an exporter compiles in."""
+
+    kv: str  # "fp32", "fp16" or "int8"
+    attention: str  # "auto", "dense" or "sparse": the default of the artifact
+    context: int
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What an exporter wrote: facts for the manifest."""
+
+    toolchain: Mapping[str, str]
+    limits: Mapping[str, Any]
+
+
+class WeightSource(Protocol):
+    """Gives the packed form of any weight of the graph, one at a time."""
+
+    def packed(self, weight: Weight) -> Packed: ...
+
+
+class Exporter(Protocol):
+    """Host side of a backend."""
+
+    def support(self, model: ModelGraph, target: Target, options: BuildOptions) -> list[str]:
+        """Return why the target cannot run the graph, one reason per operator; empty if it can."""
+        ...
+
+    def export(
+        self,
+        model: ModelGraph,
+        weights: WeightSource,
+        target: Target,
+        options: BuildOptions,
+        path: Callable[[str], Path],
+        progress: Progress,
+    ) -> Payload:
+        """Write the payload's files to ``path(name)`` and return its facts."""
+        ...
+
+    def weights(self, model: ModelGraph, file: Callable[[str], Path]) -> WeightSource:
+        """Return the weights of an exported payload in canonical form, for the torch reference."""
+        ...

@@ -1,0 +1,134 @@
+"""Turn a Program into a shared library with TVM. Runs in a process of its own: a compiler crash becomes an error.
+
+``python -m arkinfer.exporters.relax PROGRAM.json ISA OUT.so``
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TVM_BIND_THREADS", "0")
+
+import tvm
+from tvm import relax, tirx
+
+from arkinfer.exporters.kernels import tir
+from arkinfer.exporters.kernels.tir.isa import ISAS, Isa
+from arkinfer.exporters.program import Argument, Call, Program, Value
+
+
+class _Emitter:
+    """Emits one Relax function from a Program, for one form of its kernels."""
+
+    def __init__(self, builder: relax.BlockBuilder, program: Program, isa: Isa, functions: dict[str, Any]) -> None:
+        self.builder, self.program, self.isa, self.functions = builder, program, isa, functions
+
+    def emit(self, name: str, tokens: str, taps: bool = False) -> None:
+        """Emit ``name``: ``tokens`` is "one" (n and r are 1) or "many"; with ``taps`` inner values are returned too."""
+        many = tokens == "many"
+        symbols: dict[str, Any] = {
+            "n": tirx.Var("n", "int64") if many else 1,
+            "r": tirx.Var("r", "int64") if many else 1,
+        }
+        for cache in self.program.caches:
+            for extent in cache.shape:
+                if isinstance(extent, str):
+                    symbols.setdefault(extent, tirx.Var(extent, "int64"))
+
+        def kind(value: Value) -> relax.TensorType:
+            return relax.TensorType([symbols.get(e, e) if isinstance(e, str) else e for e in value.shape], value.dtype)
+
+        scalars = {scalar: tirx.Var(scalar, "int64") for scalar in self.program.scalars}
+        inputs = [relax.Var(value.name, kind(value)) for value in self.program.inputs]
+        caches = [relax.Var(value.name, kind(value)) for value in self.program.caches]
+        packed = relax.Var("parameters", relax.TupleType([kind(value) for value in self.program.parameters]))
+        shape = relax.Var("scalars", relax.ShapeType(list(scalars.values())))
+        known: dict[str, Any] = {}
+        with self.builder.function(name, [*inputs, shape, *caches, packed]):
+            for value, variable in zip([*self.program.inputs, *self.program.caches], [*inputs, *caches], strict=True):
+                known[value.name] = variable
+            for index, value in enumerate(self.program.parameters):
+                known[value.name] = self.builder.emit(relax.TupleGetItem(packed, index))
+            for call in self.program.calls:
+                self._call(call, tokens, known, scalars, kind)
+            # The caches are returned so that no pass may take the kernels that update them for dead code.
+            results = [known[self.program.result]]
+            results += [known[inner] for _, inner in self.program.taps] if taps else []
+            self.builder.emit_func_output(relax.Tuple([*results, *(known[value.name] for value in self.program.caches)]))
+
+    def _call(self, call: Call, tokens: str, known: dict[str, Any], scalars: Mapping[str, Any], kind: Any) -> None:
+        function = self._function(call, tokens)
+
+        def argument(item: Argument) -> Any:
+            if isinstance(item, int):
+                return relax.prim_value(item)
+            return relax.prim_value(scalars[item]) if item in scalars else known[item]
+
+        arguments = [argument(item) for item in call.inputs]
+        types = [kind(output) for output in call.outputs]
+        if not call.mutates:
+            result = self.builder.emit(relax.call_tir(function, arguments, types if len(types) > 1 else types[0]))
+            self._bind(call.outputs, result, known)
+            return
+        names = [*call.mutates]
+        places = [list(call.inputs).index(name) for name in names]
+        types = [known[name].ty for name in names] + types
+        result = self.builder.emit(
+            relax.op.call_tir_inplace(function, arguments, [*places, *[-1] * len(call.outputs)], types if len(types) > 1 else types[0])
+        )
+        outputs = [Value(name, "", ()) for name in names] + list(call.outputs)
+        self._bind(outputs, result, known)
+
+    def _bind(self, outputs: Sequence[Value], result: Any, known: dict[str, Any]) -> None:
+        if len(outputs) == 1:
+            known[outputs[0].name] = result
+            return
+        for index, output in enumerate(outputs):
+            known[output.name] = self.builder.emit(relax.TupleGetItem(result, index))
+
+    def _function(self, call: Call, tokens: str) -> Any:
+        key = json.dumps([call.kernel, call.options, tokens], sort_keys=True)
+        if key not in self.functions:
+            kernel = tir.build(call.kernel, self.isa, tokens, call.options)
+            self.functions[key] = self.builder.add_func(kernel, call.kernel)
+        return self.functions[key]
+
+
+def module(program: Program, isa: Isa) -> tvm.IRModule:
+    """Return the Relax module with the functions ``step`` (any tokens), ``decode`` (one) and ``trace`` (with taps)."""
+    builder = relax.BlockBuilder()
+    emitter = _Emitter(builder, program, isa, {})
+    emitter.emit("step", "many")
+    emitter.emit("decode", "one")
+    emitter.emit("trace", "many", taps=True)
+    return builder.get()
+
+
+def link(output: str, objects: Sequence[str], *_: object, **__: object) -> None:
+    """Link objects into a shared library with the linker of the ziglang package: no C toolchain is needed."""
+    command = [sys.executable, "-m", "ziglang", "ld.lld", "-shared", "--build-id=none", "-s", "-o", output, *objects]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+link.output_format = "so"  # type: ignore[attr-defined]  # how tvm asks what its linker makes
+
+
+def compile_program(program: Program, isa: Isa, out: Path) -> None:
+    """Compile ``program`` for ``isa`` into the shared library ``out``."""
+    executable = relax.build(module(program, isa), target=tvm.target.Target(isa.target), exec_mode="bytecode")
+    executable.export_library(str(out), fcompile=link)
+
+
+def main(arguments: Sequence[str]) -> None:
+    source, isa, out = arguments
+    compile_program(Program.from_json(Path(source).read_text(encoding="utf-8")), ISAS[isa], Path(out))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
