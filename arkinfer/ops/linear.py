@@ -1,0 +1,156 @@
+"""Matrix product with a weight in any format; the format is data, so there is one operator for all of them."""
+
+from __future__ import annotations
+
+import torch
+
+from arkinfer.ops import differentiates
+from arkinfer.quant.packed import FORMATS, Packed, dequantise, group_extent, integers
+
+ACTIVATIONS = ("float", "int8")
+
+
+def activation_group(group: int, width: int) -> int:
+    """Return how many inputs share one activation scale when activations are int8.
+
+    The weight's own group if it holds 16..256 inputs; else the largest divisor of it that is a multiple of 16 and at
+    most 128, so that one 32-bit accumulator never spans weight groups; else one scale for the whole row.
+    """
+    if 16 <= group <= 256:
+        return group
+    extent = group_extent(group, width)
+    return max((size for size in range(16, 129, 16) if extent % size == 0), default=width)
+
+
+def quantise_activations(x: torch.Tensor, extent: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (codes (tokens, groups, extent) float32 integers in -127..127, scales (tokens, groups) float32).
+
+    scale = max|x| / 127 per group, codes = round-half-even(x / scale); a group of zeros has scale and codes zero.
+    """
+    grouped = x.float().reshape(x.shape[0], -1, extent)
+    scales = grouped.abs().amax(dim=2) / 127
+    codes = torch.round(grouped / torch.where(scales == 0, 1.0, scales)[:, :, None]).clamp_(-127, 127)
+    return codes, scales
+
+
+def _with_int8_activations(x: torch.Tensor, packed: Packed) -> torch.Tensor:
+    """Return x @ W.T where each activation group is rounded to int8 and multiplied in exact integers."""
+    rows, width = packed.shape
+    assert packed.scales is not None
+    if packed.order is not None:
+        x = x[:, packed.order.long()]
+    extent = activation_group(packed.group, width)
+    codes, activation_scales = quantise_activations(x, extent)  # (n, A, extent), (n, A)
+    values = integers(packed).reshape(rows, -1, extent)  # (N, A, extent)
+    # A weight group of odd size is narrower than the one activation group of the whole row.
+    per_group = packed.scales.float()
+    spans = group_extent(packed.group, width)
+    out = x.new_zeros((x.shape[0], rows), dtype=torch.float32)
+    for index in range(values.shape[1]):
+        for start in range(0, extent, min(spans, extent)):
+            part = slice(start, start + min(spans, extent))
+            # float64 holds every sum of int8 products exactly, whatever the group length.
+            dot = codes[:, index, part].double() @ values[:, index, part].double().T  # (n, N)
+            scale = per_group[:, (index * extent + start) // spans]
+            out += activation_scales[:, index, None] * scale * dot.float()
+    return out
+
+
+def reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor | None = None,
+    zeros: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    format: str = "dense",
+    group: int = 0,
+    activations: str = "float",
+) -> torch.Tensor:
+    """Compute `linear` in plain torch, float32 inside."""
+    if format not in FORMATS or activations not in ACTIVATIONS:
+        raise ValueError(f"linear: unknown format {format!r} or activations {activations!r}")
+    if format == "dense":
+        if weight.dtype == torch.float32 == x.dtype:
+            return torch.nn.functional.linear(x, weight, bias)
+        out = torch.nn.functional.linear(x.float(), weight.float())
+    else:
+        packed = Packed(format, group, (weight.shape[0], x.shape[1]), weight, scales, zeros, order)
+        if activations == "int8":
+            out = _with_int8_activations(x, packed)
+        else:
+            out = torch.nn.functional.linear(x.float(), dequantise(packed))
+    if bias is not None:
+        out = out + bias.float()
+    return out.to(x.dtype)
+
+
+@torch.library.custom_op("arkinfer::linear", mutates_args=())
+def _operator(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor | None = None,
+    zeros: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    format: str = "dense",
+    group: int = 0,
+    activations: str = "float",
+) -> torch.Tensor:
+    return reference(x, weight, scales, zeros, order, bias, format, group, activations)
+
+
+@_operator.register_fake
+def _(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor | None = None,
+    zeros: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    format: str = "dense",
+    group: int = 0,
+    activations: str = "float",
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor | None = None,
+    zeros: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    format: str = "dense",
+    group: int = 0,
+    activations: str = "float",
+) -> torch.Tensor:
+    """Return ``x @ W.T + bias`` (tokens, N) in the dtype of ``x`` (tokens, K), accumulated in float32.
+
+    Formats, with G = K / group groups (group 0: one group a row) and scales (N, G) in any float dtype:
+      dense    weight (N, K) floats
+      int8     weight (N, K) int8; W = q * scale
+      int4     weight (N, K / 2) uint8, low nibble = even k; zeros (N, G) uint8 or None (8); W = (q - zero) * scale
+      ternary  weight (N, ceil(K / 4)) uint8, two bits a code, low first; W = (code - 1) * scale
+    order (K,) int32: packed column j multiplies x[order[j]] (GPTQ act-order). ``activations`` "int8" rounds x to int8
+    per token and activation_group before an exact integer product; dense weights ignore it.
+    """
+    function = reference if differentiates(x, weight, bias) else _operator
+    return function(x, weight, scales, zeros, order, bias, format, group, activations)
+
+
+def weight_bytes(rows: int, width: int, format: str = "dense", group: int = 0, itemsize: int = 2, zeros: bool = False) -> int:
+    """Return the canonical packed size of one (rows, width) weight; ``itemsize`` is that of dense elements and of scales."""
+    if format == "dense":
+        return rows * width * itemsize
+    stored = {"int8": width, "int4": (width + 1) // 2, "ternary": (width + 3) // 4}[format]
+    return rows * (stored + width // group_extent(group, width) * (itemsize + int(zeros)))
+
+
+def cost(
+    tokens: int, rows: int, width: int, format: str = "dense", group: int = 0, itemsize: int = 2, activation_itemsize: int = 4
+) -> tuple[int, int]:
+    """Return (bytes read and written, floating-point operations) of one call with ``tokens`` rows of x."""
+    moved = weight_bytes(rows, width, format, group, itemsize) + tokens * (width + rows) * activation_itemsize
+    return moved, 2 * tokens * rows * width

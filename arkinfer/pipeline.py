@@ -1,0 +1,268 @@
+"""The build: checkpoint to graph to payload to verified, sealed artifact."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import arkinfer
+from arkinfer import backends, exporters, passes, targets
+from arkinfer import graph as graphs
+from arkinfer import verify as verification
+from arkinfer.artifact import Artifact, Writer
+from arkinfer.checkpoint import Checkpoint
+from arkinfer.config import ModelConfig
+from arkinfer.errors import UnsupportedError, UserError, nearest
+from arkinfer.exporters.base import BuildOptions, Exporter, WeightSource
+from arkinfer.graph import ModelGraph
+from arkinfer.passes import formats
+from arkinfer.reference import Reference
+from arkinfer.runtime.tokenizer import Tokenizer
+from arkinfer.weights import CheckpointWeights, dtypes
+
+Progress = Callable[[str, int, int], None]
+KV = ("fp32", "fp16", "int8")
+ATTENTION = ("auto", "dense", "sparse")
+_FLOAT_WEIGHTS = "int8"  # what `auto` makes of a checkpoint that is neither quantised nor ternary, unless the target says
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A captured graph after all passes, and the recipe that shaped it."""
+
+    graph: ModelGraph
+    recipe: formats.Recipe
+
+
+def _quiet(stage: str, done: int, total: int) -> None:
+    pass
+
+
+def lower(config: ModelConfig, context: int, recipe: formats.Recipe | Callable[[ModelGraph], formats.Recipe], kinds: Mapping[str, Any]) -> Lowered:
+    """Capture the graph of ``config`` and run the passes; ``kinds`` are the dtypes of the checkpoint's tensors."""
+    graph = graphs.capture(config, context)
+    missing = sorted({source for weight in graph.weights.values() for source in weight.sources} - set(kinds))
+    if missing:
+        raise UserError(
+            f"the checkpoint lacks {len(missing)} of the tensors that its config implies",
+            facts={"first": missing[0], "nearest": nearest(missing[0], list(kinds))},
+            hint="complete the download, or use the config.json that belongs to these weights",
+            code="ARK-E124",
+        )
+    chosen = recipe if isinstance(recipe, formats.Recipe) else recipe(graph)
+    return Lowered(passes.run(graph, chosen, kinds), chosen)
+
+
+def build(
+    model: str | Path,
+    target: str | Path = "cpu",
+    *,
+    out: str | Path | None = None,
+    weights: str = "auto",
+    activations: str = "auto",
+    kv: str | None = None,
+    attention: str = "auto",
+    context: int | None = None,
+    verify: str = "fast",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Compile ``model`` (a checkpoint folder or a bundled model's name) for ``target`` and return the sealed artifact.
+
+    ``weights``: auto, fp32, fp16, int8, int4 or ternary; auto keeps ternary checkpoints ternary. ``kv``: fp32, fp16 or
+    int8 caches. ``attention``: the artifact's default gear. ``context``: largest number of tokens. ``verify``: fast,
+    full or none. ``out`` defaults to ``<model>-<target>.ark`` in the current folder; an existing artifact is replaced
+    only with ``force``.
+
+    Raises UserError for bad input, UnsupportedError where the target cannot run the model, ParityError when the result
+    differs from the torch reference; in all of these cases nothing is left at ``out``.
+    """
+    report = progress or _quiet
+    description = targets.load(str(target))
+    exporter = exporters.get(description.backend)
+    if verify not in ("none", *verification.SUITES):
+        raise UserError(f"verify is fast, full or none, not {verify!r}", hint=nearest(verify, ["fast", "full", "none"]))
+    checkpoint = Checkpoint.open(model)
+    options = _options(checkpoint.config, description, kv, attention, context)
+    destination = Path(out) if out is not None else Path(f"{checkpoint.path.resolve().name}-{description.name}.ark")
+    with Writer(destination, force) as writer:
+        report("graph", 0, 1)
+        kinds = dtypes(checkpoint)
+        default = description.defaults.weights
+        fallback = _FLOAT_WEIGHTS if default in (None, "auto") else default
+
+        def recipe(graph: ModelGraph) -> formats.Recipe:
+            return formats.choose(weights, fallback, graph, _Tensors(checkpoint), activations)
+
+        lowered = lower(checkpoint.config, options.context, recipe, kinds)
+        report("graph", 1, 1)
+        refused = exporter.support(lowered.graph, description, options)
+        if refused:
+            raise UnsupportedError(
+                f"target {description.name} cannot run this model",
+                facts={f"reason {index}": reason for index, reason in enumerate(refused, 1)},
+                code="ARK-E302",
+            )
+        source = CheckpointWeights(checkpoint)
+        payload = exporter.export(lowered.graph, source, description, options, writer.path, report)
+        writer.path("payload/graph.txt").write_text(lowered.graph.dump(), encoding="utf-8")
+        _copy_assets(checkpoint, writer)
+        fields = {
+            "name": destination.name.removesuffix(".ark"),
+            "arkinfer": arkinfer.__version__,
+            "target": description.to_dict(),
+            "backend": description.backend,
+            "model": {
+                "family": checkpoint.config.family,
+                "config": checkpoint.raw_config,
+                "parameters": checkpoint.parameters,
+                "dtypes": _dtype_names(lowered.graph, kinds),
+                "ternary_groups": dict(lowered.recipe.groups),
+            },
+            "weights": lowered.recipe.weights,
+            "activations": lowered.recipe.activations,
+            "kv": options.kv,
+            "attention": options.attention,
+            "context": options.context,
+            "graph_digest": lowered.graph.digest(),
+            "toolchain": dict(payload.toolchain),
+            "limits": dict(payload.limits),
+            "parity": None,
+            "provenance": {"model": checkpoint.path.resolve().name, "notes": list(checkpoint.config.notes)},
+        }
+        if verify != "none":
+            staged = writer.preview(fields)
+            outcome = _compare(staged, lowered, source, options, verify, report)
+            verification.require(outcome)
+            fields["parity"] = outcome.to_dict()
+        return writer.seal(fields)
+
+
+def verify_artifact(artifact: Artifact, suite: str = "fast", progress: Progress | None = None) -> verification.Report:
+    """Verify a sealed artifact against the torch reference, with the weights that the artifact itself holds."""
+    manifest = artifact.manifest
+    config = ModelConfig.from_json(manifest.model["config"])
+    kinds = {name: getattr(graphs.torch, kind) for name, kind in manifest.model["dtypes"].items()}
+    recipe = formats.Recipe(manifest.weights, manifest.activations, manifest.model["ternary_groups"])
+    lowered = lower(config, manifest.context, recipe, kinds)
+    exporter = exporters.get(manifest.backend)
+    options = BuildOptions(manifest.kv, manifest.attention, manifest.context)
+    source = exporter.weights(lowered.graph, artifact.file)
+    return _compare(artifact, lowered, source, options, suite, progress or _quiet)
+
+
+def _compare(
+    artifact: Artifact, lowered: Lowered, source: WeightSource, options: BuildOptions, suite: str, progress: Progress
+) -> verification.Report:
+    tokenizer = Tokenizer.from_file(artifact.file("tokenizer.json"))
+    texts = verification.windows(tokenizer.encode, lowered.graph.config.vocab_size, suite, options.context)
+    path = "int8" if "int8" in (options.kv, lowered.recipe.activations) else "fp16" if options.kv == "fp16" else "float"
+    executor = backends.open(artifact)
+    try:
+        reference = Reference(lowered.graph, source, options.kv, options.attention)
+        return verification.compare(executor, reference, texts, suite, path, progress)
+    finally:
+        executor.close()
+
+
+def _options(config: ModelConfig, target: targets.Target, kv: str | None, attention: str, context: int | None) -> BuildOptions:
+    kv = kv or target.defaults.kv or "fp16"
+    if kv not in KV:
+        raise UserError(f"unknown kv {kv!r}", hint=nearest(kv, KV), code="ARK-E133")
+    if attention not in ATTENTION:
+        raise UserError(f"unknown attention {attention!r}", hint=nearest(attention, ATTENTION), code="ARK-E134")
+    if attention == "sparse" and config.sparse is None:
+        raise UserError(
+            "this model has no sparse attention: its config.json has no sparse_config",
+            hint="--attention dense",
+            code="ARK-E213",
+        )
+    limit = config.max_context
+    wanted = context or min(limit, target.defaults.context or limit)
+    if not 1 <= wanted <= limit:
+        raise UserError(
+            f"a context of {wanted} tokens is not possible",
+            facts={"the model's limit": limit},
+            hint=f"--context {limit}, or raise max_position_embeddings if the model was extended",
+            code="ARK-E135",
+        )
+    return BuildOptions(kv, attention, wanted)
+
+
+class _Tensors(Mapping[str, Any]):
+    """The checkpoint's tensors as a mapping, read when looked up."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def __getitem__(self, name: str) -> Any:
+        return self._checkpoint.tensor(name)
+
+    def __iter__(self) -> Any:
+        return self._checkpoint.names()
+
+    def __len__(self) -> int:
+        return len(self._checkpoint.entries)
+
+
+def _dtype_names(graph: ModelGraph, kinds: Mapping[str, Any]) -> dict[str, str]:
+    sources = sorted({source for weight in graph.weights.values() for source in weight.sources})
+    return {source: str(kinds[source]).removeprefix("torch.") for source in sources}
+
+
+def _copy_assets(checkpoint: Checkpoint, writer: Writer) -> None:
+    """Copy the tokenizer and the chat template, and write what generation needs to know as generation.json."""
+    tokenizer = checkpoint.path / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise UserError(
+            f"{checkpoint.path} has no tokenizer.json",
+            hint="save the tokenizer with a fast tokenizer class: tokenizer.save_pretrained(folder)",
+            code="ARK-E127",
+        )
+    shutil.copyfile(tokenizer, writer.path("tokenizer.json"))
+    settings = checkpoint.optional_json("tokenizer_config.json")
+    defaults = checkpoint.optional_json("generation_config.json")
+    template = checkpoint.path / "chat_template.jinja"
+    text = template.read_text(encoding="utf-8") if template.is_file() else settings.get("chat_template")
+    if isinstance(text, list):  # several named templates: the one for chatting is "default"
+        text = next((item.get("template") for item in text if item.get("name") == "default"), None)
+    if isinstance(text, str) and text:
+        writer.path("template.jinja").write_text(text, encoding="utf-8")
+    config = checkpoint.config
+    eos = defaults.get("eos_token_id", list(config.eos_ids))
+    sampled = defaults.get("do_sample", False)
+    generation = {
+        "bos_id": config.bos_id,
+        "eos_ids": sorted({*config.eos_ids, *(eos if isinstance(eos, list) else [eos])} - {None}),
+        "pad_id": config.pad_id,
+        "add_bos": bool(settings.get("add_bos_token", False)),
+        "temperature": float(defaults.get("temperature", 1.0)) if sampled else 0.0,
+        "top_p": float(defaults.get("top_p", 1.0)),
+        "top_k": int(defaults.get("top_k", 0) or 0),
+        "thinking": {"open": "<think>", "close": "</think>"} if isinstance(text, str) and "<think>" in text else None,
+    }
+    writer.path("generation.json").write_text(json.dumps(generation, sort_keys=True, indent=1) + "\n", encoding="utf-8")
+
+
+def describe(model: str | Path) -> dict[str, Any]:
+    """Return what a checkpoint is, from its config and headers alone: no tensor is read."""
+    checkpoint = Checkpoint.open(model)
+    stored: dict[str, int] = {}
+    for entry in checkpoint.entries.values():
+        stored[entry.dtype] = stored.get(entry.dtype, 0) + entry.nbytes
+    config = asdict(checkpoint.config)
+    config["rope"] = {key: value for key, value in config["rope"].items() if not isinstance(value, (list, tuple))}
+    return {
+        "model": checkpoint.path.resolve().name,
+        "parameters": checkpoint.parameters,
+        "tensors": len(checkpoint.entries),
+        "bytes_by_dtype": stored,
+        "config": config,
+    }
+
+
+__all__ = ["Exporter", "build", "describe", "lower", "verify_artifact"]
