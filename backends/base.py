@@ -1,0 +1,76 @@
+"""What every backend provides: an Executor that runs an artifact, and the State of one token sequence."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from arkinfer.errors import UnsupportedError
+
+Rows: TypeAlias = Literal["last", "all", "none"]
+
+
+class State(ABC):
+    """The caches of one token sequence, made by ``Executor.new_state``.
+
+    ``length`` tokens are in the caches; ``capacity`` is the most they can hold.
+    """
+
+    length: int
+    capacity: int
+
+    @abstractmethod
+    def truncate(self, length: int) -> None:
+        """Forget every token from position ``length`` on. Raises UserError outside ``0..self.length``."""
+
+    @abstractmethod
+    def fork(self) -> State:
+        """Return an independent copy: steps on one never show in the other."""
+
+
+class Executor(ABC):
+    """Runs one artifact. Not thread-safe: the Engine serialises its steps.
+
+    Logits do not depend on how tokens are cut into steps, nor on the thread count.
+    """
+
+    vocab_size: int
+    max_context: int
+    threads: int
+    isa: str
+
+    @abstractmethod
+    def new_state(self, capacity: int | None = None) -> State:
+        """Reserve caches for at least ``capacity`` tokens (default and most: ``max_context``)."""
+
+    @abstractmethod
+    def step(self, tokens: Sequence[int], state: State, logits: Rows = "last") -> np.ndarray:
+        """Append ``tokens`` to ``state`` and return logits (rows, vocab) float32.
+
+        Row i belongs to the i-th of ``tokens`` for ``logits="all"``; ``"last"`` gives one row, ``"none"`` no row and
+        skips the output layer. The array stays valid after later steps. Raises UserError, with the state as it was,
+        when a token is outside the vocabulary or the state would overflow.
+        """
+
+    @abstractmethod
+    def tap(self, names: Sequence[str]) -> Mapping[str, np.ndarray]:
+        """Return inner values of the last traced step by name: ``layer.N`` is (tokens, hidden) after layer N."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release the artifact's files and memory. Closing twice is harmless."""
+
+    def fill(self, state: State, depth: int) -> None:
+        """Make ``state`` ``depth`` tokens long with arbitrary contents, so that timing at depth needs no prefill."""
+        raise UnsupportedError(f"the {type(self).__name__} cannot fill a context without computing it", code="ARK-E320")
+
+    def decode_bytes(self, depth: int) -> int:
+        """Return the bytes that one decode step must read when ``depth`` tokens are in the context."""
+        raise UnsupportedError(f"the {type(self).__name__} does not count its memory traffic", code="ARK-E320")
+
+    def prefill_ops(self, tokens: int, depth: int) -> int:
+        """Return the multiply and add operations of a prefill of ``tokens`` after ``depth`` (attention excluded)."""
+        raise UnsupportedError(f"the {type(self).__name__} does not count its operations", code="ARK-E320")
