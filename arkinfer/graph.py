@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,11 +15,12 @@ import arkinfer.ops.attention  # noqa: F401  (registers arkinfer::attention)
 import arkinfer.ops.linear  # noqa: F401
 import arkinfer.ops.rope  # noqa: F401
 from arkinfer.config import ModelConfig
-from arkinfer.errors import UnsupportedError
-from arkinfer.models import FAMILIES
-from arkinfer.ops.attention import LayerCache
+from arkinfer import models
+from arkinfer.ops.attention import LayerCache, new_caches
+from arkinfer.quant.packed import Packed
 
 STEP_INPUTS = ("tokens", "positions", "rows")
+_SPARSE, _GEAR = 14, 22  # places of `sparse` and `dense_len` among the arguments of arkinfer::attention
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class ModelGraph:
     config: ModelConfig
     context: int
     graph: fx.Graph
-    cache_fields: tuple[str, ...]
+    caches: tuple[str, ...]  # placeholder names, layer by layer, in the order of LayerCache
     weights: dict[str, Weight] = field(default_factory=dict)  # placeholder name -> weight
     constants: dict[str, torch.Tensor] = field(default_factory=dict)  # placeholder name -> value
 
@@ -109,17 +110,61 @@ class ModelGraph:
     def drop_unused_weights(self) -> None:
         """Remove weight inputs that nothing reads any more."""
         for node in list(self.graph.nodes):
-            if node.op == "placeholder" and not node.users and (node.name in self.weights or node.name in self.constants):
-                self.weights.pop(node.name, None)
-                self.constants.pop(node.name, None)
+            if node.op == "placeholder" and not node.users and node.name in self.weights:
+                del self.weights[node.name]
                 self.graph.erase_node(node)
 
     def placeholders(self) -> list[fx.Node]:
         return [node for node in self.graph.nodes if node.op == "placeholder"]
 
+    def new_caches(self, capacity: int, dtype: torch.dtype) -> list[LayerCache]:
+        """Return empty caches for the graph's cache inputs."""
+        return new_caches(self.config, capacity, dtype)
+
+    def bind(self, values: Mapping[str, torch.Tensor], caches: Sequence[LayerCache], weights: Any) -> list[torch.Tensor]:
+        """Return the arguments of the graph, in order; ``weights.packed(weight)`` gives each weight's tensors."""
+        tensors = dict(zip(self.caches, (tensor for cache in caches for tensor in cache if tensor is not None), strict=True))
+        tensors.update(self.constants)
+        arguments = []
+        for node in self.placeholders():
+            weight = self.weights.get(node.name)
+            if weight is not None:
+                packed: Packed = weights.packed(replace(weight, part="weight"))
+                part = getattr(packed, weight.part)
+                arguments.append(part.reshape(node.meta["val"].shape))
+            else:
+                arguments.append(tensors[node.name] if node.name in tensors else values[node.name])
+        return arguments
+
+    def with_attention(self, attention: str) -> ModelGraph:
+        """Return a copy whose attention is "dense" or "sparse" throughout; "auto" keeps each row's own gear."""
+        mapping: dict[fx.Node, fx.Node] = {}
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self.graph, mapping))
+        if attention != "auto":
+            for node in graph.nodes:
+                if node.target is torch.ops.arkinfer.attention.default:
+                    if attention == "dense":
+                        node.update_arg(_SPARSE, False)
+                    else:
+                        node.update_arg(_GEAR, 0)
+        return replace(self, graph=graph)
+
+    def residuals(self) -> dict[str, str]:
+        """Return the nodes that hold the residual stream after each layer: node name -> ``layer.N``."""
+        sums = [node for node in self.graph.nodes if node.target is torch.ops.arkinfer.add_rms_norm.default]
+        streams = [next(user for user in node.users if user.args[1] == 0) if _first_used(node) else None for node in sums]
+        after_mlp = [node for index, node in enumerate(streams) if index % 2 == 1 and node is not None]
+        return {node.name: f"layer.{index}" for index, node in enumerate(after_mlp)}
+
     def dump(self) -> str:
         """Return the graph as text: one line per operator with its inputs, attributes and output shapes."""
         config = self.config
+        symbols = self._symbols()
+
+        def described(node: fx.Node) -> str:
+            return re.sub(r"\bs\d+\b", lambda match: symbols.get(match.group(), match.group()), _type(node))
+
         lines = [
             f"# {config.family}: {config.layers} layers, hidden {config.hidden_size}, heads {config.heads}/{config.kv_heads} x "
             f"{config.head_dim}, vocabulary {config.vocab_size}, context {self.context}"
@@ -128,14 +173,25 @@ class ModelGraph:
             if node.op == "placeholder":
                 weight = self.weights.get(node.name)
                 origin = "" if weight is None else f"  # {weight.format} {' + '.join(weight.sources)}"
-                lines.append(f"input {node.name}: {_type(node)}{origin}")
+                lines.append(f"input {node.name}: {described(node)}{origin}")
             elif node.op == "call_function":
                 arguments = [_text(argument) for argument in node.args]
                 arguments += [f"{key}={_text(value)}" for key, value in node.kwargs.items()]
-                lines.append(f"{node.name}: {_type(node)} = {_target(node)}({', '.join(arguments)})")
+                lines.append(f"{node.name}: {described(node)} = {_target(node)}({', '.join(arguments)})")
             else:
                 lines.append(f"return {_text(node.args[0])}")
         return "\n".join(lines) + "\n"
+
+    def _symbols(self) -> dict[str, str]:
+        """Return readable names for the symbolic sizes, which torch numbers differently from release to release."""
+        names: dict[str, str] = {}
+        for node in self.placeholders():
+            value = node.meta.get("val")
+            for size in value.shape if isinstance(value, torch.Tensor) else ():
+                name = {"tokens": "n", "rows": "r"}.get(node.name, f"c{len(names)}")
+                if not isinstance(size, int):
+                    names.setdefault(str(size), name)
+        return names
 
     def digest(self) -> str:
         """Return the SHA-256 of the dump: equal graphs have equal digests, whatever machine captured them."""
@@ -148,6 +204,10 @@ class ModelGraph:
             if node.op == "call_function":
                 counts[_target(node)] = counts.get(_target(node), 0) + 1
         return dict(sorted(counts.items()))
+
+
+def _first_used(node: fx.Node) -> bool:
+    return any(user.args[1] == 0 for user in node.users)
 
 
 def _target(node: fx.Node) -> str:
@@ -191,16 +251,51 @@ class _Step(torch.nn.Module):
         return self.model.head(hidden.index_select(0, rows))
 
 
-def build_module(config: ModelConfig, context: int) -> torch.nn.Module:
-    """Return the torch module of ``config``'s family, weights on the meta device."""
-    location = FAMILIES.get(config.family)
-    if location is None:
-        raise UnsupportedError(
-            f"no model definition for the family {config.family!r}",
-            facts={"known": ", ".join(sorted(FAMILIES))},
-            hint="add one file to arkinfer/models and one line to its table",
-        )
-    module, name = location.split(":")
+_CAPACITY = 1024
+_KV = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.int8}
+
+
+def capture(config: ModelConfig, context: int, kv: str = "fp16") -> ModelGraph:
+    """Export one step of ``config``'s model for contexts up to ``context`` tokens and ``kv`` caches; no weight is read."""
     with torch.device("meta"):
-        built: torch.nn.Module = getattr(importlib.import_module(module), name)(config, context)
-    return built
+        module = models.create(config)
+    count, rows, room = torch.export.Dim("n"), torch.export.Dim("r"), torch.export.Dim("capacity", min=256)
+    tokens = torch.empty(37, dtype=torch.int64, device="meta")  # torch.export specialises on sizes 0 and 1
+    wanted = torch.empty(11, dtype=torch.int64, device="meta")
+    caches = new_caches(config, _CAPACITY, _KV[kv], "meta")
+
+    def growing(tensor: torch.Tensor | None) -> dict[int, Any] | None:
+        if tensor is None or tensor.numel() == 0:
+            return None if tensor is None else {}
+        return {1: room if tensor.shape[1] == _CAPACITY else torch.export.Dim.AUTO}
+
+    shapes = ({0: count}, {0: count}, {0: rows}, [type(cache)(*map(growing, cache)) for cache in caches])
+    exported = torch.export.export(_Step(module), (tokens, torch.empty_like(tokens), wanted, caches), dynamic_shapes=shapes, strict=False)
+    signature = exported.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    tied = {"model.lm_head.weight": "model.model.embed_tokens.weight"} if config.tie_embeddings else {}
+    inputs = [node.name for node in exported.graph.nodes if node.op == "placeholder" and node.name not in names]
+    weights, constants = {}, {}
+    for node in exported.graph.nodes:
+        if node.op == "placeholder" and node.name in signature.inputs_to_buffers:
+            name = names[node.name]
+            constants[node.name] = exported.constants[name] if name in exported.constants else exported.state_dict[name]
+        elif node.op == "placeholder" and node.name in names:
+            source = tied.get(names[node.name], names[node.name]).removeprefix("model.")
+            weights[node.name] = Weight(source, (source,), tuple(node.meta["val"].shape))
+    model = ModelGraph(config, context, exported.graph, tuple(inputs[len(STEP_INPUTS) :]), weights, constants)
+    _merge_tied(model)
+    return model
+
+
+def _merge_tied(model: ModelGraph) -> None:
+    """Let every reader of a tied weight read one input."""
+    first: dict[tuple[str, ...], fx.Node] = {}
+    for node in model.placeholders():
+        weight = model.weights.get(node.name)
+        if weight is None:
+            continue
+        kept = first.setdefault(weight.sources, node)
+        if kept is not node:
+            node.replace_all_uses_with(kept)
+    model.drop_unused_weights()

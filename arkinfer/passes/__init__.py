@@ -10,6 +10,7 @@ from arkinfer.graph import ModelGraph
 from arkinfer.passes import formats, fuse
 
 FUSE: tuple[Callable[[ModelGraph], ModelGraph], ...] = (
+    fuse.simplify,
     fuse.shared_input_linears,
     fuse.swiglu,
     fuse.add_rms_norm,

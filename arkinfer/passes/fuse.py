@@ -19,6 +19,17 @@ def _users(graph: fx.Graph, target: Any) -> list[fx.Node]:
     return [node for node in graph.nodes if node.op == "call_function" and node.target is target]
 
 
+def simplify(model: ModelGraph) -> ModelGraph:
+    """Drop what export leaves behind: metadata assertions and casts to the dtype that a value already has."""
+    for node in list(model.graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default:
+            model.graph.erase_node(node)
+        elif node.target is aten.to.dtype and node.args[1] == node.args[0].meta["val"].dtype:
+            node.replace_all_uses_with(node.args[0])
+            model.graph.erase_node(node)
+    return model
+
+
 def shared_input_linears(model: ModelGraph) -> ModelGraph:
     """Merge linears that read the same tensor (q, k, v; gate, up) into one, and slice its output.
 
