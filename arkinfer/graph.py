@@ -123,7 +123,7 @@ class ModelGraph:
 
     def bind(self, values: Mapping[str, torch.Tensor], caches: Sequence[LayerCache], weights: Any) -> list[torch.Tensor]:
         """Return the arguments of the graph, in order; ``weights.packed(weight)`` gives each weight's tensors."""
-        tensors = dict(zip(self.caches, (tensor for cache in caches for tensor in cache if tensor is not None), strict=True))
+        tensors = dict(zip(self.caches, (tensor for cache in caches for tensor in cache), strict=True))
         tensors.update(self.constants)
         arguments = []
         for node in self.placeholders():

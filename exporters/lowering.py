@@ -1,0 +1,326 @@
+"""Lower the model graph to a Program of CPU kernels: one rule per operator, no knowledge of any instruction set."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from arkinfer.errors import InternalError
+from arkinfer.exporters.base import BuildOptions
+from arkinfer.exporters.program import Argument, Call, Program, Value
+from arkinfer.graph import ModelGraph, Weight
+from arkinfer.ops.linear import activation_group
+from arkinfer.quant.packed import group_extent
+
+aten = torch.ops.aten
+ark = torch.ops.arkinfer
+
+PANEL = 16
+_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_KV = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
+CODES_PER_CHUNK = {"int8": 4, "int4": 8, "ternary": 16}  # inputs of one row in a 64-byte chunk
+
+
+def padded(extent: int, form: str) -> int:
+    """Return the group extent that whole 64-byte chunks of ``form`` hold."""
+    unit = CODES_PER_CHUNK[form]
+    return -(-extent // unit) * unit
+
+
+class Lowering:
+    """Walks the graph once and appends kernel calls."""
+
+    def __init__(self, model: ModelGraph, options: BuildOptions) -> None:
+        self.model, self.options, self.config = model, options, model.config
+        self.program = Program()
+        self.names: dict[fx.Node, str] = {}
+        self.quantised: dict[tuple[fx.Node, int], tuple[str, str, str]] = {}
+        self.layer = 0
+        self.rules: Mapping[Any, Callable[[fx.Node], None]] = {
+            ark.embedding.default: self._embedding,
+            aten.embedding.default: self._embedding,
+            ark.linear.default: self._linear,
+            ark.attention.default: self._attention,
+            ark.add_rms_norm.default: self._add_norm,
+            ark.swiglu.default: self._swiglu,
+            aten.rms_norm.default: self._norm,
+            aten.mul.Tensor: self._scale,
+            aten.index_select.default: self._take,
+            # These are absorbed by the rule of the attention that reads them.
+            ark.rope.default: self._skip,
+            aten.slice.Tensor: self._skip,
+            aten.unflatten.int: self._skip,
+            aten.flatten.using_ints: self._alias,
+            operator.getitem: self._skip,
+        }
+
+    def run(self) -> Program:
+        """Return the program of the whole graph."""
+        program, config = self.program, self.config
+        program.inputs = [
+            Value("tokens", "int32", ("n",)),
+            Value("rotation", "float32", ("n", config.head_dim)),
+            Value("rows", "int32", ("r",)),
+        ]
+        program.scalars = ["position", "dense_len"]
+        program.caches = self._caches()
+        for node in self.model.graph.nodes:
+            if node.op == "call_function":
+                rule = self.rules.get(node.target)
+                if rule is None:
+                    raise InternalError(f"no lowering for {node.target}", facts={"node": node.name})
+                rule(node)
+            elif node.op == "output":
+                program.result = self.names[node.args[0][0]]
+        program.taps = [(public, self.names[node]) for node in self.model.graph.nodes if (public := self._tap(node))]
+        return program
+
+    def _tap(self, node: fx.Node) -> str | None:
+        return self.model.residuals().get(node.name) if node.target is operator.getitem else None
+
+    def _caches(self) -> list[Value]:
+        config, kind = self.config, _KV[self.options.kv]
+        layers, heads, dim = config.layers, config.kv_heads, config.head_dim
+        values = [
+            Value("k", kind, (layers, heads, "k_panels", dim, PANEL)),
+            Value("v", kind, (layers, heads, "capacity", dim)),
+        ]
+        real = "float16" if kind == "int8" else kind
+        if kind == "int8":
+            values += [Value("k_scale", "float32", (layers, heads, "capacity")), Value("v_scale", "float32", (layers, heads, "capacity"))]
+        if config.sparse is not None:
+            values += [
+                Value("fine", real, (layers, heads, "fine_panels", dim, PANEL)),
+                Value("coarse", real, (layers, heads, "coarse_panels", dim, PANEL)),
+            ]
+            if config.sparse.use_nope:
+                values.append(Value("nope", real, (layers, heads, "k_panels", dim, PANEL)))
+        return values
+
+    # Values and parameters
+
+    def _value(self, name: str, dtype: str, *shape: int | str) -> Value:
+        return Value(name, dtype, shape)
+
+    def _call(self, kernel: str, options: Mapping[str, Any], inputs: list[Argument], *outputs: Value, mutates: tuple[str, ...] = ()) -> None:
+        self.program.calls.append(Call(kernel, dict(options), tuple(inputs), outputs, mutates))
+
+    def _parameter(self, name: str, dtype: str, shape: tuple[int, ...]) -> str:
+        if all(value.name != name for value in self.program.parameters):
+            self.program.parameters.append(Value(name, dtype, shape))
+        return name
+
+    def _vector(self, node: fx.Node) -> str:
+        """Return the parameter of a norm weight or bias, stored as float32."""
+        weight = self.model.weights[node.name]
+        return self._parameter(f"{weight.name}:vector", "float32", tuple(weight.shape))
+
+    def _matrix(self, node: fx.Node, gated: bool = False) -> tuple[list[str], dict[str, Any]]:
+        """Return the parameters of a panel-packed matrix and the kernel options that describe it."""
+        weight = self.model.weights[node.name]
+        rows, width = weight.shape
+        panels = -(-rows // PANEL)
+        stem = f"{weight.name}:{'gated' if gated else 'panels'}"
+        if weight.format == "dense":
+            dtype = _DTYPES[node.meta["val"].dtype]
+            stored = "uint16" if dtype == "bfloat16" else dtype
+            return [self._parameter(f"{stem}.weight", stored, (panels, width, PANEL))], {"format": "dense", "dtype": dtype}
+        extent = group_extent(weight.group, width)
+        groups, room = width // extent, padded(extent, weight.format)
+        chunks = groups * room // CODES_PER_CHUNK[weight.format]
+        kind = self._scales_dtype(weight)
+        scales = "uint16" if kind == "bfloat16" else kind
+        parameters = [
+            self._parameter(f"{stem}.weight", "uint8", (panels, chunks, 64)),
+            self._parameter(f"{stem}.scales", scales, (panels, groups, PANEL)),
+        ]
+        return parameters, {"format": weight.format, "group": extent if extent < width else 0, "scales": kind}
+
+    def _scales_dtype(self, weight: Weight) -> str:
+        for node in self.model.placeholders():
+            other = self.model.weights.get(node.name)
+            if other is not None and other.name == weight.name and other.part == "scales":
+                return _DTYPES[node.meta["val"].dtype]
+        raise InternalError(f"{weight.name} has no scales")
+
+    # Rules
+
+    def _skip(self, node: fx.Node) -> None:
+        """Nothing to emit: the value is a view, or a consumer's rule absorbs it."""
+
+    def _alias(self, node: fx.Node) -> None:
+        self.names[node] = self.names[node.args[0]]
+
+    def _embedding(self, node: fx.Node) -> None:
+        packed = node.target is ark.embedding.default
+        table = node.args[1] if packed else node.args[0]
+        scale = float(node.args[5]) if packed else 1.0
+        parameters, options = self._matrix(table)
+        out = self._value(node.name, "float32", "n", self.config.hidden_size)
+        self._call("embedding", {**options, "scale": scale}, ["tokens", *parameters], out)
+        self.names[node] = out.name
+
+    def _rows(self, node: fx.Node) -> str:
+        """Return "n" or "r": whether ``node`` has a row per token or per wanted row."""
+        return "r" if node in self._after_take else "n"
+
+    @property
+    def _after_take(self) -> set[fx.Node]:
+        if not hasattr(self, "_taken"):
+            taken: set[fx.Node] = set()
+            for node in self.model.graph.nodes:
+                if node.target is aten.index_select.default or any(source in taken for source in node.all_input_nodes):
+                    taken.add(node)
+            self._taken = taken
+        return self._taken
+
+    def _quantise(self, node: fx.Node, form: str, group: int) -> tuple[list[str], int]:
+        """Return the int8 form of ``node``'s value (codes, scales, sums), quantising it unless that was done."""
+        width = node.meta["val"].shape[1]
+        size = activation_group(group, width)
+        if (node, size) not in self.quantised:
+            rows = self._rows(node)
+            outputs = self._quantised_values(node.name, rows, width, size)
+            self._call("quantise", {"group": size}, [self.names[node]], *outputs)
+            self.quantised[node, size] = tuple(output.name for output in outputs)  # type: ignore[assignment]
+        return list(self.quantised[node, size]), size
+
+    def _quantised_values(self, name: str, rows: str, width: int, size: int) -> tuple[Value, Value, Value]:
+        return (
+            self._value(f"{name}.codes", "int8", rows, width),
+            self._value(f"{name}.scales", "float32", rows, width // size),
+            self._value(f"{name}.sums", "int32", rows, width // size),
+        )
+
+    def _linear(self, node: fx.Node) -> None:
+        x, matrix, _, _, _, bias = (list(node.args) + [None] * 6)[:6]
+        weight = self.model.weights[matrix.name]
+        rows = self._rows(node)
+        users = list(node.users)
+        gated = len(users) == 1 and users[0].target is ark.swiglu.default and bias is None
+        parameters, options = self._matrix(matrix, gated)
+        width = weight.shape[0] // 2 if gated else weight.shape[0]
+        out = self._value(f"{node.name}.gated" if gated else node.name, "float32", rows, width)
+        extra = [self._vector(bias)] if bias is not None else []
+        options = {**options, "gated": gated, "bias": bias is not None}
+        integer = len(node.args) > 8 and node.args[8] == "int8"
+        if integer:
+            inputs, size = self._quantise(x, weight.format, weight.group)
+            self._call("linear_int8", {**options, "activation_group": size}, [*inputs, *parameters, *extra], out)
+        else:
+            self._call("linear_float", options, [self.names[x], *parameters, *extra], out)
+        self.names[node] = out.name
+
+    def _swiglu(self, node: fx.Node) -> None:
+        source = node.args[0]
+        if self.names[source].endswith(".gated"):
+            self.names[node] = self.names[source]
+            return
+        out = self._value(node.name, "float32", self._rows(node), node.meta["val"].shape[1])
+        self._call("swiglu", {}, [self.names[source]], out)
+        self.names[node] = out.name
+
+    def _integer_group(self, node: fx.Node) -> int | None:
+        """Return the activation group if int8 linears of one group size are all that reads ``node``, else None."""
+        sizes = set()
+        for user in node.users:
+            if user.target is not ark.linear.default or len(user.args) < 9 or user.args[8] != "int8":
+                return None
+            sizes.add(activation_group(int(user.args[7]), node.meta["val"].shape[1]))
+        return sizes.pop() if len(sizes) == 1 else None
+
+    def _norm(self, node: fx.Node) -> None:
+        x, _, weight, eps = node.args
+        if x.target is not ark.embedding.default and x.target is not aten.embedding.default:
+            return  # a norm over heads: absorbed by attention
+        hidden = self.config.hidden_size
+        size = self._integer_group(node)
+        options = {"eps": float(eps), "group": size or 0}
+        if size is None:
+            out = self._value(node.name, "float32", "n", hidden)
+            self._call("rms_norm", options, [self.names[x], self._vector(weight)], out)
+            self.names[node] = out.name
+            return
+        outputs = self._quantised_values(node.name, "n", hidden, size)
+        self._call("rms_norm", options, [self.names[x], self._vector(weight)], *outputs)
+        self.quantised[node, size] = tuple(output.name for output in outputs)  # type: ignore[assignment]
+
+    def _add_norm(self, node: fx.Node) -> None:
+        residual, delta, weight, scale, eps = node.args
+        hidden = self.config.hidden_size
+        picked = {user.args[1]: user for user in node.users}
+        total = self._value(f"{node.name}.sum", "float32", "n", hidden)
+        if 0 in picked:
+            self.names[picked[0]] = total.name
+        normed = picked[1]
+        size = self._integer_group(normed)
+        options = {"scale": float(scale), "eps": float(eps), "group": size or 0}
+        inputs: list[Argument] = [self.names[residual], self.names[delta], self._vector(weight)]
+        if size is None:
+            out = self._value(f"{node.name}.norm", "float32", "n", hidden)
+            self._call("add_rms_norm", options, inputs, total, out)
+            self.names[normed] = out.name
+            return
+        outputs = self._quantised_values(normed.name, "n", hidden, size)
+        self._call("add_rms_norm", options, inputs, total, *outputs)
+        self.quantised[normed, size] = tuple(output.name for output in outputs)  # type: ignore[assignment]
+
+    def _scale(self, node: fx.Node) -> None:
+        source, factor = node.args
+        out = self._value(node.name, "float32", self._rows(node), node.meta["val"].shape[1])
+        self._call("scale", {"factor": float(factor)}, [self.names[source]], out)
+        self.names[node] = out.name
+
+    def _take(self, node: fx.Node) -> None:
+        source = node.args[0]
+        out = self._value(node.name, "float32", "r", node.meta["val"].shape[1])
+        self._call("take_rows", {}, [self.names[source], "rows"], out)
+        self.names[node] = out.name
+
+    def _attention(self, node: fx.Node) -> None:
+        config, sparse = self.config, self.config.sparse
+        q, k, v = node.args[:3]
+        qkv = _source(v)
+        if qkv is not _source(q) or qkv is not _source(k):
+            raise InternalError("attention does not read one merged projection", facts={"node": node.name})
+        heads, kv_heads, dim, kv = config.heads, config.kv_heads, config.head_dim, _KV[self.options.kv]
+        shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": dim, "kv": kv}
+        norms = [part.args[0] for part in (q, k) if part.args[0].target is aten.rms_norm.default]
+        nope = sparse is not None and sparse.use_nope
+        caches = ["k", "v"] + (["k_scale", "v_scale"] if kv == "int8" else [])
+        options = {**shape, "norm_eps": float(norms[0].args[3]) if norms else None, "nope": nope}
+        rotated = self._value(f"{node.name}.q", "float32", "n", heads, dim)
+        plain = [self._value(f"{node.name}.q_nope", "float32", "n", heads, dim)] if nope else []
+        inputs: list[Argument] = [self.names[qkv], "rotation", *(self._vector(norm.args[2]) for norm in norms), self.layer, "position"]
+        written = caches + (["nope"] if nope else [])
+        self._call("append", options, [*inputs, *written], rotated, *plain, mutates=tuple(written))
+        out = self._value(node.name, "float32", "n", heads, dim)
+        scale = {"scale": float(node.args[13])}
+        if sparse is None:
+            self._call("attention_dense", {**shape, **scale}, [rotated.name, self.layer, "position", *caches], out)
+        else:
+            fields = {name: getattr(sparse, name) for name in ("kernel_size", "kernel_stride", "block_size")}
+            keys = ["nope"] if nope else ["k", *caches[2:3]]
+            source_kv = {"kv": "float16" if kv == "int8" else kv} if nope else {}
+            compress = {**shape, **source_kv, "kernel_size": sparse.kernel_size, "kernel_stride": sparse.kernel_stride}
+            self._call("compress", compress, [rotated.name, self.layer, "position", *keys, "fine", "coarse"], mutates=("fine", "coarse"))
+            chosen = self._value(f"{node.name}.blocks", "int32", "n", kv_heads, sparse.budget)
+            select = {**shape, **fields, **scale, "init_blocks": sparse.init_blocks, "local_blocks": sparse.local_blocks,
+                      "budget": sparse.budget, "local_rule": sparse.local_rule, "lse": sparse.lse}  # fmt: skip
+            query = plain[0].name if nope else rotated.name
+            self._call("select", select, [query, self.layer, "position", "dense_len", "fine", "coarse"], chosen)
+            attend = {**shape, **scale, "block_size": sparse.block_size, "budget": sparse.budget}
+            self._call("attention", attend, [rotated.name, chosen.name, self.layer, "position", "dense_len", *caches], out)
+        self.names[node] = out.name
+        self.layer += 1
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """Return the merged linear that a query, key or value was cut from."""
+    while node.target is not ark.linear.default:
+        node = node.args[0]
+    return node

@@ -1,0 +1,85 @@
+"""Packing loses nothing that it promises to keep."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from arkinfer.quant import integer, ternary
+from arkinfer.quant.packed import Packed, dequantise, pack_crumbs, pack_nibbles, unpack_crumbs, unpack_nibbles
+
+
+@given(st.integers(1, 9), st.integers(1, 70), st.integers(0, 2**31))
+@settings(max_examples=50, deadline=None)
+def test_codes_survive_packing(rows: int, width: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    crumbs = torch.randint(0, 4, (rows, width), generator=generator, dtype=torch.uint8)
+    assert torch.equal(unpack_crumbs(pack_crumbs(crumbs), width), crumbs)
+    nibbles = torch.randint(0, 16, (rows, 2 * width), generator=generator, dtype=torch.uint8)
+    assert torch.equal(unpack_nibbles(pack_nibbles(nibbles)), nibbles)
+
+
+def fake_quantised(rows: int, width: int, extent: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Return weights as BitCPM4 releases them: -s, 0, +s per group."""
+    generator = torch.Generator().manual_seed(seed)
+    trits = torch.randint(-1, 2, (rows, width // extent, extent), generator=generator).float()
+    scales = torch.rand(rows, width // extent, 1, generator=generator) + 0.01
+    return (trits * scales).reshape(rows, width).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("extent", [16, 32, 64, 128, 256])
+def test_ternary_weights_are_recognised_and_restored_exactly(extent: int, dtype: torch.dtype) -> None:
+    weight = fake_quantised(33, 256, extent, extent, dtype)
+    group = ternary.detect(weight)
+    assert group == (0 if extent == 256 else extent)
+    packed = ternary.pack(weight, group)
+    assert torch.equal(dequantise(packed).to(dtype), weight)
+    assert packed.weight.shape == (33, 64)
+    assert packed.scales is not None
+    assert packed.scales.dtype == dtype
+
+
+def test_ordinary_and_empty_weights_are_not_ternary() -> None:
+    assert ternary.detect(torch.randn(8, 64).bfloat16()) is None
+    assert ternary.detect(torch.zeros(8, 64)) is None
+    spoiled = fake_quantised(100, 64, 64, 1)
+    spoiled[99, 3] = 0.123  # beyond the rows that are probed first
+    assert ternary.detect(spoiled) is None
+
+
+@pytest.mark.parametrize("group", [0, 16, 64])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rounding_stays_within_half_a_step(bits: int, group: int) -> None:
+    torch.manual_seed(bits + group)
+    weight = torch.randn(40, 128)
+    packed = integer.quantise(weight, bits, group)
+    error = (dequantise(packed) - weight).square().mean().sqrt()
+    assert error < (0.008 if bits == 8 else 0.14)
+    assert packed.format == f"int{bits}"
+
+
+def test_the_scale_search_beats_plain_absmax() -> None:
+    torch.manual_seed(3)
+    weight = torch.randn(64, 256)
+    searched = integer.quantise(weight, 4, 64)
+    grouped = weight.reshape(64, 4, 64)
+    scale = (grouped.abs().amax(2, keepdim=True) / 7).half().float()
+    plain = (torch.round(grouped / scale).clamp(-8, 7) * scale).reshape(64, 256)
+    assert (dequantise(searched) - weight).square().sum() < 0.9 * (plain - weight).square().sum()
+
+
+def test_zero_rows_stay_zero() -> None:
+    weight = torch.zeros(3, 32)
+    assert not dequantise(integer.quantise(weight, 4, 16)).any()
+    assert not dequantise(integer.quantise(weight, 8, 0)).any()
+
+
+def test_act_order_restores_the_models_columns() -> None:
+    weight = torch.randn(5, 32)
+    order = torch.randperm(32).to(torch.int32)
+    packed = integer.quantise(weight[:, order.long()], 8, 16)
+    restored = dequantise(Packed("int8", 16, (5, 32), packed.weight, packed.scales, None, order))
+    assert torch.allclose(restored, weight, atol=0.02)
