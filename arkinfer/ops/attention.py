@@ -1,4 +1,8 @@
-"""arkinfer::attention: append to the KV cache, then attend, dense or InfLLM-v2 sparse by the row's own position."""
+"""Attention over the KV cache: appends the new keys and values, then dense or InfLLM-v2 sparse, row by row.
+
+Row i (its absolute position) is sparse iff sparse attention is on and i + 1 >= dense_len. Deciding by position, not by
+the length of a call, gives the same answer however the tokens are chunked.
+"""
 
 from __future__ import annotations
 
@@ -6,158 +10,188 @@ from typing import NamedTuple
 
 import torch
 
-from arkinfer.config import SparseConfig
-from arkinfer.ops import infllm
-
-NEVER = 2**62  # a dense_len that no position reaches: every row is dense
-_ROWS = 256  # rows attended at a time by the reference, which bounds its score matrix
+from arkinfer.config import ModelConfig, SparseConfig
+from arkinfer.ops import differentiates, infllm
 
 
 class LayerCache(NamedTuple):
-    """State of one layer. ``k``, ``v`` (kv_heads, capacity, head_dim) float32, float16 or int8; the scales (kv_heads,
-    capacity) float32 belong to int8 caches; ``fine`` and ``coarse`` (kv_heads, kernels, head_dim) hold compressed keys;
-    ``nope`` the keys before rotation, where block scores use them. Tensors that a model does not need have size 0.
+    """The state of one layer, written in place; position p of the sequence lies at index p.
+
+    k, v (kv_heads, capacity, head_dim) in the cache dtype: float32, float16, bfloat16 or int8. fine, coarse (kv_heads,
+    kernels, head_dim): compressed keys; nope (kv_heads, capacity, head_dim): keys before rope, for use_nope alone. These
+    three are empty (size 0) where unused, and float16 when the cache is int8. k_scale, v_scale (kv_heads, capacity)
+    float32 belong to int8 caches: scale = max|row| / 127, value = code * scale.
     """
 
     k: torch.Tensor
     v: torch.Tensor
-    k_scale: torch.Tensor
-    v_scale: torch.Tensor
     fine: torch.Tensor
     coarse: torch.Tensor
     nope: torch.Tensor
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
 
 
-def new_cache(kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype, sparse: SparseConfig | None, device: str = "cpu") -> LayerCache:
-    """Return an empty cache for ``capacity`` tokens; ``dtype`` float32, float16 or int8."""
+def new_caches(config: ModelConfig, capacity: int, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> list[LayerCache]:
+    """Return empty caches for ``capacity`` tokens, one a layer."""
+    sparse = config.sparse
+    floating = torch.float16 if dtype == torch.int8 else dtype
 
-    def zeros(entries: int, width: int | None = head_dim, kind: torch.dtype = dtype) -> torch.Tensor:
-        shape = (kv_heads, entries) if width is None else (kv_heads, entries, width)
-        return torch.zeros(shape, dtype=kind, device=device)
+    def zeros(length: int, kind: torch.dtype = dtype) -> torch.Tensor:
+        return torch.zeros(config.kv_heads, length, config.head_dim, dtype=kind, device=device)
 
-    scales = capacity if dtype == torch.int8 else 0
-    real = torch.float16 if dtype == torch.int8 else dtype
+    def scales() -> torch.Tensor | None:
+        return torch.zeros(config.kv_heads, capacity, device=device) if dtype == torch.int8 else None
+
     fine = coarse = nope = 0
     if sparse is not None:
         fine = infllm.kernel_count(capacity, sparse.kernel_size, sparse.kernel_stride)
         coarse = infllm.kernel_count(capacity, sparse.coarse_size, sparse.coarse_stride)
         nope = capacity if sparse.use_nope else 0
-    return LayerCache(
-        zeros(capacity),
-        zeros(capacity),
-        zeros(scales, None, torch.float32),
-        zeros(scales, None, torch.float32),
-        zeros(fine, kind=real),
-        zeros(coarse, kind=real),
-        zeros(nope, kind=real),
-    )
+    return [
+        LayerCache(zeros(capacity), zeros(capacity), zeros(fine, floating), zeros(coarse, floating), zeros(nope, floating), scales(), scales())
+        for _ in range(config.layers)
+    ]
 
 
-def _store(cache: torch.Tensor, scale: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> None:
-    """Write ``rows`` (tokens, kv_heads, head_dim) at ``positions``; int8 rows get one scale per token and head."""
-    rows = rows.float().transpose(0, 1)  # (kv_heads, tokens, head_dim)
+def quantise_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return int8 codes of ``rows`` (..., head_dim) and their scales (...) float32; round half to even, zero rows scale 0."""
+    scale = rows.float().abs().amax(dim=-1) / 127
+    codes = torch.round(rows.float() / torch.where(scale == 0, 1.0, scale)[..., None]).clamp_(-127, 127)
+    return codes.to(torch.int8), scale
+
+
+def _store(cache: torch.Tensor, scale: torch.Tensor | None, rows: torch.Tensor, start: int) -> None:
+    """Write ``rows`` (tokens, kv_heads, head_dim) at positions start, start + 1, ..."""
+    rows = rows.transpose(0, 1)
+    span = slice(start, start + rows.shape[1])
     if cache.dtype == torch.int8:
-        extent = rows.abs().amax(dim=-1) / 127.0
-        scale[:, positions] = extent
-        rows = torch.round(rows / torch.where(extent == 0, 1.0, extent)[..., None]).clamp(-127, 127)
-    cache[:, positions] = rows.to(cache.dtype)
+        assert scale is not None
+        cache[:, span], scale[:, span] = quantise_rows(rows)
+    else:
+        cache[:, span] = rows.to(cache.dtype)
 
 
-def _load(cache: torch.Tensor, scale: torch.Tensor, length: int) -> torch.Tensor:
-    """Return the first ``length`` cached rows as float32 (length, kv_heads, head_dim)."""
-    rows = cache[:, :length].float()
+def _load(cache: torch.Tensor, scale: torch.Tensor | None, start: int, stop: int) -> torch.Tensor:
+    """Return cached rows as float32 (tokens, kv_heads, head_dim)."""
+    rows = cache[:, start:stop].float()
     if cache.dtype == torch.int8:
-        rows = rows * scale[:, :length, None]
+        assert scale is not None
+        rows = rows * scale[:, start:stop, None]
     return rows.transpose(0, 1)
 
 
-def _compress(target: torch.Tensor, keys: torch.Tensor, start: int, size: int, stride: int) -> None:
-    """Recompute the kernels that tokens ``start`` and later complete; ``keys`` (length, kv_heads, head_dim)."""
-    first = infllm.kernel_count(start, size, stride)
-    last = infllm.kernel_count(keys.shape[0], size, stride)
-    if last > first:
-        window = keys[first * stride : (last - 1) * stride + size]
-        target[:, first:last] = infllm.compress_keys(window, size, stride).transpose(0, 1).to(target.dtype)
+def _compress_new(cache: LayerCache, start: int, stop: int, config: SparseConfig) -> None:
+    """Store the compressed keys that the tokens [start, stop) complete."""
+    keys, scale = (cache.nope, None) if config.use_nope else (cache.k, cache.k_scale)
+    for target, size, stride in (
+        (cache.fine, config.kernel_size, config.kernel_stride),
+        (cache.coarse, config.coarse_size, config.coarse_stride),
+    ):
+        first, last = (infllm.kernel_count(length, size, stride) for length in (start, stop))
+        if last > first:
+            new = infllm.compress_keys(_load(keys, scale, first * stride, (last - 1) * stride + size), size, stride)
+            target[:, first:last] = new.transpose(0, 1).to(target.dtype)
 
 
-def _dense(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, scale: float) -> torch.Tensor:
-    """Causal attention by absolute position: q (tokens, heads, d) over keys, values (length, kv_heads, d)."""
-    tokens, heads, dim = q.shape
-    kv_heads = keys.shape[1]
-    grouped = q.float().reshape(tokens, kv_heads, heads // kv_heads, dim)
-    results = []
-    for start in range(0, tokens, _ROWS):
-        rows, where = grouped[start : start + _ROWS], positions[start : start + _ROWS]
-        length = int(where.max()) + 1
-        scores = torch.einsum("nhgd,khd->nhgk", rows, keys[:length]) * scale
-        hidden = torch.arange(length) > where[:, None]
-        probability = scores.masked_fill(hidden[:, None, None], -torch.inf).softmax(dim=-1)
-        results.append(torch.einsum("nhgk,khd->nhgd", probability, values[:length]).reshape(-1, heads, dim))
-    return torch.cat(results)
+def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, scale: float) -> torch.Tensor:
+    """Attend rows at positions start, start + 1, ... causally to k, v (keys, kv_heads, head_dim)."""
+    rows = q.shape[0]
+    stop = start + rows
+    queries, keys, values = (part.transpose(0, 1)[None] for part in (q, k[:stop].to(q.dtype), v[:stop].to(q.dtype)))
+    mask = None
+    if start and rows > 1:
+        mask = torch.arange(stop, device=q.device) <= torch.arange(start, stop, device=q.device)[:, None]
+    out = torch.nn.functional.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=mask, is_causal=start == 0, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out[0].transpose(0, 1)
 
 
-@torch.library.custom_op("arkinfer::attention", mutates_args=("k_cache", "v_cache", "k_scale", "v_scale", "fine", "coarse", "nope"))
-def _attention(
+def _attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    q_nope: torch.Tensor | None,
-    k_nope: torch.Tensor | None,
-    positions: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    k_scale: torch.Tensor,
-    v_scale: torch.Tensor,
+    start: int,
+    scale: float,
+    sparse: SparseConfig | None,
+    score_q: torch.Tensor,
     fine: torch.Tensor,
     coarse: torch.Tensor,
-    nope: torch.Tensor,
-    scale: float,
-    dense_len: int,
-    kernel_size: int,
-    kernel_stride: int,
-    block_size: int,
-    init_blocks: int,
-    window_size: int,
-    topk: int,
-    local_rule: str,
-    lse: str,
 ) -> torch.Tensor:
-    start, length = int(positions[0]), int(positions[-1]) + 1
-    _store(k_cache, k_scale, positions, k)
-    _store(v_cache, v_scale, positions, v)
-    keys, values = _load(k_cache, k_scale, length), _load(v_cache, v_scale, length)
-    has_sparse = fine.shape[0] > 0 and kernel_size > 0
-    if has_sparse:
-        scored = keys
-        if k_nope is not None:
-            nope[:, positions] = k_nope.transpose(0, 1).to(nope.dtype)
-            scored = nope[:, :length].float().transpose(0, 1)
-        _compress(fine, scored, start, kernel_size, kernel_stride)
-        _compress(coarse, scored, start, 4 * kernel_size, 4 * kernel_stride)
-    sparse_rows = positions + 1 >= dense_len
-    result = torch.empty(q.shape, dtype=torch.float32)
-    dense_rows = ~sparse_rows
-    if bool(dense_rows.any()):
-        result[dense_rows] = _dense(q[dense_rows], keys, values, positions[dense_rows], scale)
-    if bool(sparse_rows.any()):
-        config = SparseConfig(
-            kernel_size, kernel_stride, block_size, init_blocks, window_size, topk, k_nope is not None, dense_len, local_rule, lse
-        )
-        counts = (
-            infllm.kernel_count(length, kernel_size, kernel_stride),
-            infllm.kernel_count(length, 4 * kernel_size, 4 * kernel_stride),
-        )
-        compressed = [cache[:, :count].float().transpose(0, 1) for cache, count in zip((fine, coarse), counts, strict=True)]
-        query = q if q_nope is None else q_nope
-        indices = torch.nonzero(sparse_rows).squeeze(1)
-        for part in indices.split(_ROWS):
-            scores = infllm.block_scores(query[part], *compressed, positions[part], config)
-            blocks = infllm.select_blocks(scores, positions[part], config)
-            result[part] = infllm.sparse_attention(q[part], keys, values, blocks, positions[part], config, scale)
-    return result.to(q.dtype)
+    """Attend rows from position ``start`` on; k, v from position 0, fine and coarse (kernels, kv_heads, head_dim)."""
+    rows = q.shape[0]
+    dense = rows if sparse is None else min(max(sparse.dense_len - 1 - start, 0), rows)
+    pieces = [_dense(q[:dense], k, v, start, scale)] if dense else []
+    if sparse is not None and dense < rows:
+        positions = torch.arange(start + dense, start + rows, device=q.device)
+        with torch.no_grad():  # the choice of blocks has no gradient
+            chosen = [
+                infllm.select_blocks(infllm.block_scores(score_q[dense:][tile], fine, coarse, at, sparse, scale), at, sparse)
+                for tile, at in ((slice(i, i + 512), positions[i : i + 512]) for i in range(0, len(positions), 512))
+            ]
+        pieces.append(infllm.sparse_attention(q[dense:], k, v, torch.cat(chosen), positions, sparse, scale))
+    return torch.cat(pieces)
 
 
-@_attention.register_fake
+def stateless(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    sparse: SparseConfig | None,
+    q_nope: torch.Tensor | None = None,
+    k_nope: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attend a whole sequence that starts at position 0, without a cache; differentiable.
+
+    q (tokens, heads, head_dim), k and v (tokens, kv_heads, head_dim); q_nope, k_nope likewise for use_nope.
+    """
+    fine = coarse = k[:0]
+    if sparse is not None and q.shape[0] >= sparse.dense_len:
+        with torch.no_grad():
+            keys = k_nope if sparse.use_nope and k_nope is not None else k
+            fine = infllm.compress_keys(keys, sparse.kernel_size, sparse.kernel_stride)
+            coarse = infllm.compress_keys(keys, sparse.coarse_size, sparse.coarse_stride)
+    return _attend(q, k, v, 0, scale, sparse, q if q_nope is None else q_nope, fine, coarse)
+
+
+def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: LayerCache, positions: torch.Tensor, scale: float,
+              sparse: SparseConfig | None, q_nope: torch.Tensor | None = None, k_nope: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
+    """Compute `attention` in plain torch, float32 inside."""
+    start, stop = int(positions[0]), int(positions[0]) + q.shape[0]
+    if stop > cache.k.shape[1] or not torch.equal(positions, torch.arange(start, stop, device=positions.device)):
+        raise ValueError(f"attention: positions must ascend by one and stay below the capacity {cache.k.shape[1]}")
+    _store(cache.k, cache.k_scale, k, start)
+    _store(cache.v, cache.v_scale, v, start)
+    fine = coarse = q[:0]
+    if sparse is not None:
+        if sparse.use_nope:
+            assert k_nope is not None
+            _store(cache.nope, None, k_nope, start)
+        _compress_new(cache, start, stop, sparse)
+        fine, coarse = cache.fine.transpose(0, 1), cache.coarse.transpose(0, 1)
+    keys, values = _load(cache.k, cache.k_scale, 0, stop), _load(cache.v, cache.v_scale, 0, stop)
+    score_q = q if q_nope is None else q_nope
+    return _attend(q.float(), keys, values, start, scale, sparse, score_q, fine, coarse).to(q.dtype)
+
+
+@torch.library.custom_op("arkinfer::attention", mutates_args=("k_cache", "v_cache", "fine", "coarse", "nope_cache", "k_scale", "v_scale"))
+def _operator(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    k_cache: torch.Tensor, v_cache: torch.Tensor, fine: torch.Tensor, coarse: torch.Tensor, nope_cache: torch.Tensor,
+    k_scale: torch.Tensor | None, v_scale: torch.Tensor | None, q_nope: torch.Tensor | None, k_nope: torch.Tensor | None,
+    positions: torch.Tensor, scale: float, sparse: bool,
+    kernel_size: int = 32, kernel_stride: int = 16, block_size: int = 64, init_blocks: int = 1, window_size: int = 2048,
+    topk: int = 64, use_nope: bool = False, dense_len: int = 8192, local_rule: str = "inclusive", lse: str = "coarse",
+) -> torch.Tensor:  # fmt: skip
+    fields = (kernel_size, kernel_stride, block_size, init_blocks, window_size, topk, use_nope, dense_len, local_rule, lse)
+    config = SparseConfig(*fields) if sparse else None
+    cache = LayerCache(k_cache, v_cache, fine, coarse, nope_cache, k_scale, v_scale)
+    return reference(q, k, v, cache, positions, scale, config, q_nope, k_nope)
+
+
+@_operator.register_fake
 def _(q: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
     return torch.empty_like(q)
 
@@ -166,42 +200,45 @@ def attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    positions: torch.Tensor,
     cache: LayerCache | None,
+    positions: torch.Tensor,
+    scale: float,
     sparse: SparseConfig | None,
     q_nope: torch.Tensor | None = None,
     k_nope: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Append ``k``, ``v`` (tokens, kv_heads, head_dim) to ``cache`` and attend with ``q`` (tokens, heads, head_dim).
+    """Append k, v (tokens, kv_heads, head_dim) to ``cache`` at ``positions`` and return attention (tokens, heads, head_dim).
 
-    ``positions`` (tokens,) int64 are consecutive and absolute. Row i is sparse iff the model has a sparse_config and
-    i + 1 >= dense_len (-1: always). ``q_nope`` and ``k_nope``, unrotated, score blocks if sparse_config.use_nope.
-    Without a cache the rows attend each other densely, batch dimensions may precede, and gradients flow.
-    Result: (tokens, heads, head_dim) in q's dtype.
+    q (tokens, heads, head_dim) and k after rope, q_nope and k_nope before it (only with use_nope); positions (tokens,)
+    int64, consecutive. Keys and values are read back as the cache dtype rounded them; compressed keys are float32 means
+    of those. Without a cache the tokens are a whole sequence from position 0. Raises ValueError beyond the capacity.
     """
-    scale = q.shape[-1] ** -0.5
     if cache is None:
-        heads_first = [tensor.transpose(-3, -2) for tensor in (q, k, v)]
-        out = torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=q.shape[-2] != k.shape[-2])
-        return out.transpose(-3, -2)
-    dense_len = NEVER if sparse is None else max(sparse.dense_len, 0)
-    s = sparse or SparseConfig(kernel_size=0, kernel_stride=0)
-    nope = (q_nope, k_nope) if sparse is not None and sparse.use_nope else (None, None)
-    result: torch.Tensor = torch.ops.arkinfer.attention(
-        q, k, v, *nope, positions, *cache, scale, dense_len,
-        s.kernel_size, s.kernel_stride, s.block_size, s.init_blocks, s.window_size, s.topk, s.local_rule, s.lse,
-    )  # fmt: skip
-    return result
+        return stateless(q, k, v, scale, sparse, q_nope, k_nope)
+    if differentiates(q, k, v):
+        raise ValueError("attention: a cache records no gradients; train with caches=None or run under torch.no_grad()")
+    fields = () if sparse is None else tuple(getattr(sparse, name) for name in _FIELDS)
+    return _operator(q, k, v, *cache, q_nope, k_nope, positions, scale, sparse is not None, *fields)
+
+
+_FIELDS = ("kernel_size", "kernel_stride", "block_size", "init_blocks", "window_size", "topk", "use_nope", "dense_len", "local_rule", "lse")
 
 
 def cost(
-    tokens: int, length: int, heads: int, kv_heads: int, head_dim: int, kv_bytes: int, sparse: SparseConfig | None
+    tokens: int, length: int, heads: int, kv_heads: int, head_dim: int, sparse: SparseConfig | None = None, itemsize: float = 4
 ) -> tuple[int, int]:
-    """Return (cache bytes read, operations) of ``tokens`` rows that end at ``length``, each in the gear of its position."""
-    if sparse is None or length < max(sparse.dense_len, 0):
-        return 2 * length * kv_heads * head_dim * kv_bytes, 4 * tokens * length * heads * head_dim
-    visible = min(length, sparse.budget * sparse.block_size)
-    kernels = infllm.kernel_count(length, sparse.kernel_size, sparse.kernel_stride)
-    kernels += 0 if sparse.lse == "exact" else infllm.kernel_count(length, sparse.coarse_size, sparse.coarse_stride)
-    read = (2 * visible + kernels) * kv_heads * head_dim * kv_bytes
-    return read, (4 * visible + 2 * kernels) * tokens * heads * head_dim
+    """Return (bytes read and written, flops) of ``tokens`` new rows that bring the context to ``length``.
+
+    ``itemsize`` is bytes per cached element (int8 with its scale: 1 + 4 / head_dim).
+    """
+    written = int(2 * tokens * kv_heads * head_dim * itemsize)
+    dense_rows = tokens if sparse is None else max(0, min(length, sparse.dense_len - 1) - (length - tokens))
+    moved = flops = 0
+    if dense_rows:
+        end = length - tokens + dense_rows
+        moved = int(2 * end * kv_heads * head_dim * itemsize)
+        flops = 4 * heads * head_dim * (dense_rows * end - dense_rows * (dense_rows - 1) // 2)
+    if sparse is not None and dense_rows < tokens:
+        more = infllm.cost(tokens - dense_rows, length, heads, kv_heads, head_dim, sparse, itemsize)
+        moved, flops = moved + more[0], flops + more[1]
+    return written + moved, flops

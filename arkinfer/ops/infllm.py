@@ -1,119 +1,168 @@
-"""InfLLM-v2 block-sparse attention: the torch reference (arXiv 2509.24663; MiniCPM4 report, section 2).
+"""InfLLM-v2 block-sparse attention in plain torch: the definition that every backend is compared with.
 
-Tensors are (tokens, heads, head_dim) and positions are absolute. A row's result depends on its own position and on the
-keys before it, never on how tokens were split into calls.
+Source: InfLLM-V2 (arXiv 2509.24663) and MiniCPM4 (arXiv 2506.07900, section 2.2). Four steps: keys are mean-pooled into
+overlapping *kernels*; each query scores the kernels that it may see; scores are max-pooled to *blocks* and the best are
+taken together with the first and the nearest ones; the query attends to the tokens of these blocks alone. Everything
+is decided per row from its absolute position, so results do not depend on how the tokens were fed.
+
+Tensors are tokens first: q (tokens, heads, head_dim), keys (tokens, kv_heads, head_dim); query head h reads kv head
+h // (heads / kv_heads).
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
 from arkinfer.config import SparseConfig
 
-# exp() of the difference between a score and the coarse normaliser can pass float32's range, because the coarse keys
-# average four times as many tokens; every backend caps the exponent here, far above any score that matters.
-EXPONENT_LIMIT = 80.0
+# Rows per tile: neighbours share most of their blocks, so a tile gathers each key once and masks row by row.
+_TILE = 128
+_INIT_CHUNK = 4096  # kernels pooled at once, which bounds the gathered copy
 
 
-def kernel_count(length: int, size: int, stride: int) -> int:
-    """Return how many windows of ``size`` tokens, ``stride`` apart, lie completely within ``length`` tokens."""
-    return (length - size) // stride + 1 if length >= size else 0
+def kernel_count(length: int, kernel_size: int, kernel_stride: int) -> int:
+    """Return how many complete kernels ``length`` keys hold."""
+    return 0 if length < kernel_size else (length - kernel_size) // kernel_stride + 1
+
+
+def visible_kernels(positions: torch.Tensor, kernel_size: int, kernel_stride: int) -> torch.Tensor:
+    """Return for each row how many kernels end at or before its position: kernel j iff stride * j + size - 1 <= i."""
+    return torch.clamp((positions - (kernel_size - kernel_stride - 1)).div(kernel_stride, rounding_mode="floor"), min=0)
 
 
 def compress_keys(k: torch.Tensor, kernel_size: int, kernel_stride: int) -> torch.Tensor:
-    """Return the mean key of every complete window: k (tokens, kv_heads, head_dim) -> float32 (kernels, kv_heads, head_dim)."""
+    """Return the mean of every complete kernel of ``k`` (tokens, kv_heads, head_dim): (kernels, kv_heads, head_dim).
+
+    Kernel j covers tokens [stride * j, stride * j + size). The mean is taken in float32 and returned in the dtype of k.
+    """
     count = kernel_count(k.shape[0], kernel_size, kernel_stride)
-    if count == 0:
-        return torch.zeros(0, *k.shape[1:])
-    windows = k.float().unfold(0, kernel_size, kernel_stride)  # (kernels, kv_heads, head_dim, kernel_size)
-    return windows.mean(dim=-1)
-
-
-def visible_kernels(positions: torch.Tensor, size: int, stride: int) -> torch.Tensor:
-    """Return for each position i how many windows end at or before i: those with stride * j + size - 1 <= i."""
-    return torch.clamp((positions + 1 - size) // stride + 1, min=0)
+    pieces = []
+    for first in range(0, count, _INIT_CHUNK):
+        starts = torch.arange(first, min(first + _INIT_CHUNK, count), device=k.device) * kernel_stride
+        windows = k[starts[:, None] + torch.arange(kernel_size, device=k.device)]  # (kernels, size, kv_heads, head_dim)
+        pieces.append((windows.float().sum(dim=1) / kernel_size).to(k.dtype))
+    return torch.cat(pieces) if pieces else k[:0]
 
 
 def block_scores(
-    q: torch.Tensor, fine: torch.Tensor, coarse: torch.Tensor, positions: torch.Tensor, config: SparseConfig
+    q: torch.Tensor, fine: torch.Tensor, coarse: torch.Tensor, positions: torch.Tensor, config: SparseConfig, scale: float | None = None
 ) -> torch.Tensor:
-    """Return the relevance of every key block to every row, float32 (tokens, kv_heads, blocks).
+    """Return the score of every block for every row, (tokens, kv_heads, blocks) float32, blocks = max(positions) // block_size + 1.
 
-    q (tokens, heads, head_dim); fine and coarse compressed keys (kernels, kv_heads, head_dim); positions (tokens,).
-    Per head: exp(score - LSE) over the visible fine keys, LSE over the coarse keys (or the fine ones: config.lse);
-    summed over the heads of a group, then the maximum over the windows that touch a block. A row that sees no key to
-    normalise by scores 0 everywhere; blocks = ceil((last position + 1) / block_size).
+    q (tokens, heads, head_dim); fine (kernels, kv_heads, head_dim) from compress_keys(k, kernel_size, kernel_stride) and
+    coarse likewise from (coarse_size, coarse_stride), unused when config.lse is "exact"; positions (tokens,) absolute;
+    ``scale`` defaults to 1 / sqrt(head_dim). Scores are >= 0 and finite: the sum over the group's heads of
+    exp(q.k * scale - LSE), max-pooled over the kernels that touch the block. A row that sees no kernel (or, with the
+    coarse LSE, no coarse kernel) scores 0 everywhere. Forced and future blocks are select_blocks' affair.
     """
-    tokens, heads, dim = q.shape
     kv_heads = fine.shape[1]
-    grouped = q.float().reshape(tokens, kv_heads, heads // kv_heads, dim)
-    blocks = (int(positions.max()) + config.block_size) // config.block_size
+    scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
+    blocks = 0 if len(positions) == 0 else int(positions.max()) // config.block_size + 1
+    pieces = []
+    for first in range(0, q.shape[0], _TILE):
+        rows = slice(first, first + _TILE)
+        grouped = q[rows].float().unflatten(1, (kv_heads, -1)).transpose(0, 1)  # (kv_heads, rows, group, head_dim)
+        kernels = _kernel_scores(grouped * scale, fine, coarse, positions[rows], config)  # (kv_heads, rows, kernels)
+        pieces.append(_pool(kernels, blocks, config).transpose(0, 1))
+    return torch.cat(pieces) if pieces else q.new_zeros((0, kv_heads, blocks), dtype=torch.float32)
 
-    def scores(keys: torch.Tensor, size: int, stride: int) -> torch.Tensor:
-        raw = torch.einsum("nhgd,khd->nhgk", grouped, keys.float()) * dim**-0.5
-        seen = torch.arange(keys.shape[0]) < visible_kernels(positions, size, stride)[:, None]  # (tokens, kernels)
-        return raw.masked_fill(~seen[:, None, None], -torch.inf)
 
-    local = scores(fine, config.kernel_size, config.kernel_stride)
-    normaliser = local if config.lse == "exact" else scores(coarse, config.coarse_size, config.coarse_stride)
-    lse = torch.logsumexp(normaliser, dim=-1, keepdim=True) if normaliser.shape[-1] else torch.full((*local.shape[:-1], 1), -torch.inf)
-    weight = torch.exp((local - lse).clamp(max=EXPONENT_LIMIT))
-    weight = torch.where(torch.isfinite(lse) & torch.isfinite(local), weight, 0.0).sum(dim=2)  # (tokens, kv_heads, kernels)
-    # Max pooling as the released code does it: stride block/stride, one more than that wide, one to the left. For the
-    # usual kernel of twice the stride these are exactly the windows that share a token with the block.
-    ratio = config.block_size // config.kernel_stride
-    padded = torch.nn.functional.pad(weight, (1, max(0, blocks * ratio - weight.shape[-1])))
-    return padded.unfold(-1, ratio + 1, ratio)[..., :blocks, :].amax(dim=-1)
+def _logits(q: torch.Tensor, keys: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    """Return q . keys (kv_heads, rows, group, kernels), -inf beyond the first visible[row] kernels."""
+    count = min(keys.shape[0], int(visible.max()))  # future kernels cost nothing
+    logits = torch.einsum("hrgd,jhd->hrgj", q, keys[:count].float())
+    hidden = torch.arange(count, device=q.device) >= visible[:, None]  # (rows, kernels)
+    return logits.masked_fill_(hidden[None, :, None], -math.inf)
+
+
+def _kernel_scores(q: torch.Tensor, fine: torch.Tensor, coarse: torch.Tensor, positions: torch.Tensor, config: SparseConfig) -> torch.Tensor:
+    logits = _logits(q, fine, visible_kernels(positions, config.kernel_size, config.kernel_stride))
+    if config.lse == "exact":
+        lse = torch.logsumexp(logits, dim=-1, keepdim=True)
+    else:
+        lse = torch.logsumexp(_logits(q, coarse, visible_kernels(positions, config.coarse_size, config.coarse_stride)), dim=-1, keepdim=True)
+    # exp(-inf - -inf) is NaN and exp(x - -inf) is inf; the CUDA kernel answers 0 for such rows, and so does this.
+    weights = torch.exp(logits - lse).masked_fill_(lse == -math.inf, 0.0)
+    # The coarse LSE does not bound the logits, so the exponential may overflow; inf is reserved for forced blocks.
+    return weights.sum(dim=2).clamp_(max=torch.finfo(torch.float32).max)
+
+
+def _pool(kernels: torch.Tensor, blocks: int, config: SparseConfig) -> torch.Tensor:
+    """Max-pool (kv_heads, rows, kernels) to (kv_heads, rows, blocks); block b takes kernels [s * b - 1, s * b + s - 1], s = block / stride."""
+    stride = config.block_size // config.kernel_stride
+    # Scores are >= 0, so zeros pad both ends as -inf would, and blocks without any kernel score 0.
+    missing = stride * blocks - kernels.shape[-1]
+    padded = torch.nn.functional.pad(kernels, (1, missing)) if missing >= 0 else torch.nn.functional.pad(kernels[..., : stride * blocks], (1, 0))
+    return torch.nn.functional.max_pool1d(padded, stride + 1, stride)
 
 
 def select_blocks(scores: torch.Tensor, positions: torch.Tensor, config: SparseConfig) -> torch.Tensor:
-    """Return the blocks that each row attends: int64 (tokens, kv_heads, budget), ascending, unused entries -1 at the end.
+    """Return the chosen block ids (tokens, kv_heads, budget) int64, ascending, unused places -1 at the end.
 
-    Initial and local blocks are always taken, blocks after the row's own never; equal scores go to the lower block.
+    scores (tokens, kv_heads, blocks) from block_scores; positions (tokens,). The first init_blocks and the local blocks
+    win over every score, blocks after the row's own are never taken, and of equal scores the lower id is taken first.
     """
-    tokens, kv_heads, blocks = scores.shape
-    index = torch.arange(blocks)
-    own = (positions // config.block_size)[:, None]  # (tokens, 1)
-    first_local = own - config.local_blocks + (0 if config.local_rule == "inclusive" else 1)
-    forced = (index < config.init_blocks) | ((index >= first_local) & (index <= own))
-    ranked = scores.masked_fill(forced[:, None], torch.inf).masked_fill((index > own)[:, None], -torch.inf)
-    order = torch.sort(ranked, dim=-1, descending=True, stable=True).indices[..., : config.budget]
-    order = torch.where(order <= own[:, None], order, blocks)
-    order = order.sort(dim=-1).values
-    order = torch.where(order < blocks, order, -1)
-    return torch.nn.functional.pad(order, (0, config.budget - order.shape[-1]), value=-1)
+    blocks = scores.shape[2]
+    ids = torch.arange(blocks, device=scores.device)
+    own = positions.div(config.block_size, rounding_mode="floor")[:, None]  # (tokens, 1)
+    nearest = own - config.local_blocks + (1 if config.local_rule == "exclusive" else 0)
+    forced = (ids < config.init_blocks) | (ids >= nearest)  # (tokens, blocks)
+    # A float's bits order like the integer once negative ones are flipped; below them the id breaks ties, so that
+    # topk, which promises no order among equals, has no equals to order.
+    bits = (scores.float().masked_fill(forced[:, None], math.inf) + 0.0).contiguous().view(torch.int32).long()
+    keys = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) << 31) - ids
+    keys = keys.masked_fill((ids > own)[:, None], torch.iinfo(torch.int64).min)
+    best, chosen = keys.topk(min(config.budget, blocks), dim=2)
+    chosen = chosen.masked_fill(best == torch.iinfo(torch.int64).min, blocks).sort(dim=2).values
+    chosen = torch.where(chosen == blocks, -1, chosen)
+    return torch.nn.functional.pad(chosen, (0, config.budget - chosen.shape[2]), value=-1)
 
 
 def sparse_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    blocks: torch.Tensor,
-    positions: torch.Tensor,
-    config: SparseConfig,
-    scale: float | None = None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor, positions: torch.Tensor, config: SparseConfig, scale: float | None = None
 ) -> torch.Tensor:
-    """Softmax attention over the tokens of the chosen blocks, causal; returns float32 (tokens, heads, head_dim).
+    """Attend each row to the tokens of its blocks up to its own position; (tokens, heads, head_dim) in the dtype of q.
 
-    q (tokens, heads, head_dim); k, v (keys, kv_heads, head_dim); blocks (tokens, kv_heads, budget) from select_blocks.
+    q (tokens, heads, head_dim); k, v (keys, kv_heads, head_dim) from position 0 on; blocks (tokens, kv_heads, any) ids,
+    -1 for none; positions (tokens,). ``scale`` defaults to 1 / sqrt(head_dim). Differentiable in q, k and v.
     """
-    tokens, heads, dim = q.shape
-    keys, kv_heads, _ = k.shape
-    scale = dim**-0.5 if scale is None else scale
-    widest = int((blocks >= 0).sum(dim=-1).max())
-    tables = k.float().transpose(0, 1), v.float().transpose(0, 1)  # (kv_heads, keys, head_dim)
-    offsets = torch.arange(config.block_size)
-    results = []
-    step = max(1, (1 << 24) // (kv_heads * widest * config.block_size * dim))
-    for start in range(0, tokens, step):
-        chosen = blocks[start : start + step, :, :widest]
-        index = (chosen[..., None] * config.block_size + offsets).flatten(2)  # (rows, kv_heads, widest * block_size)
-        hidden = (index < 0) | (index > positions[start : start + step, None, None])
-        index = index.clamp(0, keys - 1)
-        head = torch.arange(kv_heads)[None, :, None]
-        picked_k, picked_v = tables[0][head, index], tables[1][head, index]  # (rows, kv_heads, keys, head_dim)
-        grouped = q[start : start + step].float().reshape(-1, kv_heads, heads // kv_heads, dim)
-        scores = (grouped @ picked_k.transpose(-1, -2)) * scale
-        probability = scores.masked_fill(hidden[:, :, None], -torch.inf).softmax(dim=-1)
-        results.append((probability @ picked_v).reshape(-1, heads, dim))
-    return torch.cat(results)
+    scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
+    pieces = [
+        _attend_tile(q[rows], k, v, blocks[rows], positions[rows], config.block_size, scale)
+        for rows in (slice(first, first + _TILE) for first in range(0, q.shape[0], _TILE))
+    ]
+    return torch.cat(pieces) if pieces else torch.empty_like(q)
+
+
+def _attend_tile(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor, positions: torch.Tensor, block_size: int, scale: float
+) -> torch.Tensor:
+    rows, heads, head_dim = q.shape
+    group = heads // k.shape[1]
+    outputs = []
+    for head in range(k.shape[1]):
+        count = int(positions.max()) // block_size + 1
+        member = torch.zeros(rows, count + 1, dtype=torch.bool, device=q.device)
+        member.scatter_(1, blocks[:, head].masked_fill(blocks[:, head] < 0, count), True)  # column `count` collects the -1
+        union = member[:, :count].any(dim=0).nonzero().flatten()  # blocks that any row of the tile wants
+        tokens = (union[:, None] * block_size + torch.arange(block_size, device=q.device)).flatten()
+        tokens = tokens[tokens < k.shape[0]]
+        allowed = member[:, tokens // block_size] & (tokens <= positions[:, None])  # (rows, tokens)
+        queries = q[:, head * group : (head + 1) * group].float().reshape(rows * group, head_dim)
+        weights = (queries @ k[tokens, head].float().T * scale).unflatten(0, (rows, group))  # (rows, group, tokens)
+        weights = weights.masked_fill(~allowed[:, None], -math.inf).softmax(dim=-1)
+        outputs.append((weights.flatten(0, 1) @ v[tokens, head].float()).unflatten(0, (rows, group)))
+    return torch.cat(outputs, dim=1).to(q.dtype)
+
+
+def cost(tokens: int, length: int, heads: int, kv_heads: int, head_dim: int, config: SparseConfig, itemsize: float = 4) -> tuple[int, int]:
+    """Return (bytes, flops) of ``tokens`` sparse rows that end a context of ``length``; ``itemsize`` is that of the cache."""
+    fine = kernel_count(length, config.kernel_size, config.kernel_stride)
+    coarse = kernel_count(length, config.coarse_size, config.coarse_stride) if config.lse == "coarse" else 0
+    attended = min(length, config.budget * config.block_size)
+    # Rows of one call share the keys that they read; each row may choose different blocks, up to all of them.
+    read = min(length, attended * tokens)
+    moved = (fine + coarse + 2 * read) * kv_heads * head_dim * itemsize
+    return int(moved), tokens * heads * head_dim * (2 * (fine + coarse) + 4 * attended)
