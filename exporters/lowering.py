@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import fx
 
 from arkinfer.errors import InternalError
 from arkinfer.exporters.base import BuildOptions
+from arkinfer.exporters.kernels.tir import layout
 from arkinfer.exporters.program import Argument, Call, Program, Value
 from arkinfer.graph import ModelGraph, Weight
 from arkinfer.ops.linear import activation_group
@@ -22,13 +24,15 @@ ark = torch.ops.arkinfer
 PANEL = 16
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _KV = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
-CODES_PER_CHUNK = {"int8": 4, "int4": 8, "ternary": 16}  # inputs of one row in a 64-byte chunk
 
 
-def padded(extent: int, form: str) -> int:
-    """Return the group extent that whole 64-byte chunks of ``form`` hold."""
-    unit = CODES_PER_CHUNK[form]
-    return -(-extent // unit) * unit
+@dataclass(frozen=True)
+class Stored:
+    """What a parameter of the program is made of: a part ("weight", "scales" or "vector") of a weight of the graph."""
+
+    weight: Weight
+    part: str
+    gated: bool = False
 
 
 class Lowering:
@@ -37,6 +41,7 @@ class Lowering:
     def __init__(self, model: ModelGraph, options: BuildOptions) -> None:
         self.model, self.options, self.config = model, options, model.config
         self.program = Program()
+        self.stored: dict[str, Stored] = {}  # parameter name -> origin
         self.names: dict[fx.Node, str] = {}
         self.quantised: dict[tuple[fx.Node, int], tuple[str, str, str]] = {}
         self.layer = 0
@@ -109,36 +114,38 @@ class Lowering:
     def _call(self, kernel: str, options: Mapping[str, Any], inputs: list[Argument], *outputs: Value, mutates: tuple[str, ...] = ()) -> None:
         self.program.calls.append(Call(kernel, dict(options), tuple(inputs), outputs, mutates))
 
-    def _parameter(self, name: str, dtype: str, shape: tuple[int, ...]) -> str:
-        if all(value.name != name for value in self.program.parameters):
+    def _parameter(self, name: str, dtype: str, shape: tuple[int, ...], origin: Stored) -> str:
+        if name not in self.stored:
             self.program.parameters.append(Value(name, dtype, shape))
+            self.stored[name] = origin
         return name
 
     def _vector(self, node: fx.Node) -> str:
         """Return the parameter of a norm weight or bias, stored as float32."""
         weight = self.model.weights[node.name]
-        return self._parameter(f"{weight.name}:vector", "float32", tuple(weight.shape))
+        return self._parameter(f"{weight.name}:vector", "float32", tuple(weight.shape), Stored(weight, "vector"))
 
     def _matrix(self, node: fx.Node, gated: bool = False) -> tuple[list[str], dict[str, Any]]:
         """Return the parameters of a panel-packed matrix and the kernel options that describe it."""
         weight = self.model.weights[node.name]
         rows, width = weight.shape
-        panels = -(-rows // PANEL)
+        panels = 2 * layout.panels(rows // 2) if gated else layout.panels(rows)
         stem = f"{weight.name}:{'gated' if gated else 'panels'}"
         if weight.format == "dense":
             dtype = _DTYPES[node.meta["val"].dtype]
             stored = "uint16" if dtype == "bfloat16" else dtype
-            return [self._parameter(f"{stem}.weight", stored, (panels, width, PANEL))], {"format": "dense", "dtype": dtype}
-        extent = group_extent(weight.group, width)
-        groups, room = width // extent, padded(extent, weight.format)
-        chunks = groups * room // CODES_PER_CHUNK[weight.format]
+            origin = Stored(weight, "weight", gated)
+            return [self._parameter(f"{stem}.weight", stored, (panels, width, PANEL), origin)], {"format": "dense", "dtype": dtype}
+        grouping = layout.grouping(weight.format, weight.group, width)
+        chunks = grouping.padded_width(width) // layout.code_format(weight.format).inputs
         kind = self._scales_dtype(weight)
         scales = "uint16" if kind == "bfloat16" else kind
+        groups = width // group_extent(weight.group, width)
         parameters = [
-            self._parameter(f"{stem}.weight", "uint8", (panels, chunks, 64)),
-            self._parameter(f"{stem}.scales", scales, (panels, groups, PANEL)),
+            self._parameter(f"{stem}.weight", "uint8", (panels, chunks, 64), Stored(weight, "weight", gated)),
+            self._parameter(f"{stem}.scales", scales, (panels, groups, PANEL), Stored(weight, "scales", gated)),
         ]
-        return parameters, {"format": weight.format, "group": extent if extent < width else 0, "scales": kind}
+        return parameters, {"format": weight.format, "group": weight.group, "width": width, "scales": kind}
 
     def _scales_dtype(self, weight: Weight) -> str:
         for node in self.model.placeholders():

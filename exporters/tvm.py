@@ -1,0 +1,191 @@
+"""The exporter of the tvm backend: kernels compiled ahead of time for every level of the target, weights repacked once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import arkinfer
+from arkinfer.artifact import tensors
+from arkinfer.errors import InternalError, UnsupportedError
+from arkinfer.exporters import refusals
+from arkinfer.exporters.base import BuildOptions, Payload, Progress, WeightSource
+from arkinfer.exporters.kernels.tir import pack
+from arkinfer.exporters.lowering import Lowering, Stored
+from arkinfer.exporters.program import Program, Value
+from arkinfer.graph import ModelGraph, Weight
+from arkinfer.quant.packed import Packed
+from arkinfer.targets import Target
+
+WEIGHTS = "weights-cpu.safetensors"
+TOOLS = ("apache-tvm", "apache-tvm-ffi", "ziglang")
+_DTYPES = {"uint8": "U8", "int8": "I8", "float16": "F16", "float32": "F32", "int32": "I32", "uint16": "BF16"}
+
+
+class TvmExporter:
+    """Lowers to TIR kernels; one shared library per instruction-set level, one weight file for all of them."""
+
+    def support(self, model: ModelGraph, target: Target, options: BuildOptions) -> list[str]:
+        """Return why the CPU kernels cannot run ``model``; empty if they can."""
+        return refusals.reasons(model, target, options)
+
+    def export(
+        self,
+        model: ModelGraph,
+        weights: WeightSource,
+        target: Target,
+        options: BuildOptions,
+        path: Callable[[str], Path],
+        progress: Progress,
+    ) -> Payload:
+        """Compile in one process per level while this one packs the weights."""
+        lowering = Lowering(model, options)
+        program = lowering.run()
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "program.json"
+            source.write_text(program.to_json(), encoding="utf-8")
+            compilers = [(isa, _compile(source, isa, path(f"payload/{isa}.so"))) for isa in target.arch]
+            try:
+                _write_weights(program, lowering.stored, weights, path(WEIGHTS), progress)
+                progress("compile", 0, len(compilers))
+                for done, (isa, compiler) in enumerate(compilers, 1):
+                    _, log = compiler.communicate()
+                    if compiler.returncode:
+                        raise _compiler_failed(isa, compiler.returncode, log)
+                    progress("compile", done, len(compilers))
+            finally:
+                for _, compiler in compilers:
+                    if compiler.poll() is None:
+                        compiler.kill()
+                        compiler.wait()
+        path("payload/program.txt").write_text(program.dump(), encoding="utf-8")
+        plan = _plan(model, program, target, options)
+        path("payload/plan.json").write_text(json.dumps(plan, sort_keys=True, indent=1) + "\n", encoding="utf-8")
+        toolchain = {tool: metadata.version(tool) for tool in TOOLS}
+        return Payload({**toolchain, "torch": torch.__version__.split("+")[0]}, {"max_context": options.context})
+
+    def weights(self, model: ModelGraph, file: Callable[[str], Path]) -> WeightSource:
+        """Return the weights of an artifact in canonical form, unpacked from the kernels' layout."""
+        return _ArtifactWeights(model, tensors.load(file(WEIGHTS)))
+
+
+def _compile(source: Path, isa: str, out: Path) -> subprocess.Popen[str]:
+    """Start the compiler for one level. A process of its own, because a compiler can crash."""
+    root = str(Path(arkinfer.__file__).resolve().parent.parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "arkinfer.exporters.relax", str(source), isa, str(out)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def _compiler_failed(isa: str, code: int, log: str) -> Exception:
+    lines = [line for line in log.splitlines() if line.strip()]
+    facts = {"level": isa, "exit status": code, "last words": lines[-1] if lines else "none"}
+    if any(f"No module named '{name}'" in log for name in ("tvm", "tvm_ffi", "ziglang")):
+        return UnsupportedError(
+            "building for this target needs apache-tvm and ziglang", facts=facts, hint="pip install 'arkinfer[build]'", code="ARK-E312"
+        )
+    return InternalError("the compiler failed", facts=facts, hint="report this with the model's config.json", code="ARK-E710")
+
+
+def _write_weights(program: Program, stored: dict[str, Stored], weights: WeightSource, file: Path, progress: Progress) -> None:
+    specs = {value.name: tensors.TensorSpec(_DTYPES[value.dtype], tuple(map(int, value.shape))) for value in program.parameters}
+
+    def chunks() -> Iterator[tuple[str, list[np.ndarray]]]:
+        for index, value in enumerate(program.parameters):
+            progress("weights", index, len(program.parameters))
+            what = stored[value.name]
+            yield value.name, [_repack(weights.packed(what.weight), what, value)]
+
+    tensors.write(file, specs, chunks())
+    progress("weights", len(specs), len(specs))
+
+
+def _repack(packed: Packed, what: Stored, value: Value) -> np.ndarray:
+    """Return one parameter of the program from a canonical weight."""
+    if what.part == "vector":
+        return packed.weight.float().numpy().reshape(value.shape)
+    return pack.repack(packed, what.part, what.gated)
+
+
+class _ArtifactWeights:
+    """Canonical weights read back from an artifact."""
+
+    def __init__(self, model: ModelGraph, arrays: dict[str, np.ndarray]) -> None:
+        self._model, self._arrays = model, arrays
+
+    def packed(self, weight: Weight) -> Packed:
+        vector = self._arrays.get(f"{weight.name}:vector")
+        if vector is not None:
+            return Packed("dense", 0, (vector.shape[0], vector.shape[0]), torch.from_numpy(vector))
+        gated = f"{weight.name}:gated.weight" in self._arrays
+        stem = f"{weight.name}:{'gated' if gated else 'panels'}"
+        scales = self._arrays.get(f"{stem}.scales")
+        dtypes = {node.name: node.meta["val"].dtype for node in self._model.placeholders() if node.name in self._model.weights}
+        kinds = {(item.name, item.part): dtypes[name] for name, item in self._model.weights.items()}
+        return pack.canonical(
+            weight, self._arrays[f"{stem}.weight"], scales, gated, kinds[weight.name, "weight"], kinds.get((weight.name, "scales"))
+        )
+
+
+def _plan(model: ModelGraph, program: Program, target: Target, options: BuildOptions) -> dict[str, Any]:
+    """Return what the backend needs to know that is not in the compiled code."""
+    config, sparse = model.config, model.config.sparse
+    item = {"fp32": 4, "fp16": 2, "int8": 1}[options.kv]
+    real = 2 if options.kv == "int8" else item
+    row = config.layers * config.kv_heads * config.head_dim
+    scales = 8 * config.layers * config.kv_heads if options.kv == "int8" else 0
+    compressed = 0.0
+    if sparse is not None:
+        compressed = row * real / sparse.kernel_stride
+        compressed += row * real / sparse.coarse_stride if sparse.lse == "coarse" else 0
+    sizes = {value.name: tensors.TensorSpec(_DTYPES[value.dtype], tuple(map(int, value.shape))).nbytes for value in program.parameters}
+    linears = {name for call in program.calls if call.kernel.startswith("linear") for name in call.inputs}
+    matrices = [model.weight_of(node) for node in model.graph.nodes if node.target is torch.ops.arkinfer.linear.default]
+    frequencies = next(iter(model.constants.values())).float().tolist()
+    return {
+        "isa": list(target.arch),
+        "vocab_size": config.vocab_size,
+        "max_context": options.context,
+        "weights": WEIGHTS,
+        "parameters": [value.name for value in program.parameters],
+        "caches": [_cache(value, model) for value in program.caches],
+        "taps": [public for public, _ in program.taps],
+        "rope": {
+            "inverse_frequencies": [value.hex() for value in frequencies],
+            "magnitude": float(config.rope.magnitude(config.max_context)).hex(),
+        },
+        "sparse": None
+        if sparse is None
+        else {
+            "dense_len": sparse.dense_len,
+            "topk": sparse.topk,
+            "window_size": sparse.window_size,
+            "block_size": sparse.block_size,
+        },
+        "bytes": {
+            "weights": sum(size for name, size in sizes.items() if name in linears),
+            "kv_per_token": 2 * row * item + scales,
+            "compressed_per_token": compressed,
+        },
+        "ops_per_token": sum(2 * weight.shape[0] * weight.shape[1] for weight in matrices),
+    }
+
+
+def _cache(value: Value, model: ModelGraph) -> dict[str, Any]:
+    """Describe one state tensor: -1 marks the axis that grows, by one entry every ``stride`` tokens, ``pack`` to a place."""
+    sparse = model.config.sparse
+    strides = {"fine": (sparse.kernel_size, sparse.kernel_stride), "coarse": (sparse.coarse_size, sparse.coarse_stride)} if sparse else {}
+    size, stride = strides.get(value.name, (1, 1))
+    shape = [-1 if isinstance(extent, str) else extent for extent in value.shape]
+    panels = any(isinstance(extent, str) and extent.endswith("panels") for extent in value.shape)
+    return {"name": value.name, "dtype": value.dtype, "shape": shape, "size": size, "stride": stride, "pack": 16 if panels else 1}
