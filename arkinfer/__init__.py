@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from arkinfer.artifact import Artifact as Artifact
+    from arkinfer.pipeline import build as build
+    from arkinfer.pipeline import verify_artifact as verify
+    from arkinfer.runtime.engine import Engine as Engine
+    from arkinfer.runtime.engine import load as load
+    from arkinfer.targets import Target as Target
 
 _ROOT = Path(__file__).resolve().parent.parent
 if (_ROOT / "setup.cfg").is_file():
@@ -10,3 +20,31 @@ if (_ROOT / "setup.cfg").is_file():
     __path__.append(str(_ROOT))
 
 __version__ = "0.1.0"
+
+# Public name -> where it is defined. Loaded on first use: a device that only runs artifacts has no torch to import.
+_PUBLIC = {
+    "Artifact": ("arkinfer.artifact", "Artifact"),
+    "Engine": ("arkinfer.runtime.engine", "Engine"),
+    "Target": ("arkinfer.targets", "Target"),
+    "build": ("arkinfer.pipeline", "build"),
+    "load": ("arkinfer.runtime.engine", "load"),
+    "ops": ("arkinfer.ops", ""),
+    "verify": ("arkinfer.pipeline", "verify_artifact"),
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'arkinfer' has no attribute {name!r}")
+    module, attribute = _PUBLIC[name]
+    loaded = import_module(module)
+    value: object = getattr(loaded, attribute) if attribute else loaded
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})
+
+
+__all__ = ["Artifact", "Engine", "Target", "__version__", "build", "load", "verify"]

@@ -1,0 +1,5 @@
+"""`python -m arkinfer`: the command line without an installed script."""
+
+from arkinfer.cli import main
+
+main()

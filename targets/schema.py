@@ -1,0 +1,327 @@
+"""The Target type, and the strict reader of the YAML files that describe one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from arkinfer.errors import UserError, nearest
+from arkinfer.targets.probe import LEVELS
+
+BACKENDS = ("tvm", "cuda", "tensorrt", "onnxruntime")
+WEIGHTS = ("auto", "fp32", "fp16", "int8", "int4", "ternary")
+KV = ("fp32", "fp16", "int8")
+ATTENTION = ("auto", "dense", "sparse")
+
+_MAX_BYTES = 64 << 10
+_MAX_EXTENDS = 8
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_CUDA_LEVEL = r"sm_[0-9]{2,3}"
+_UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_AMOUNT = r"[0-9]+(\.[0-9]+)? ?(KB|MB|GB|TB|KiB|MiB|GiB|TiB)"
+
+
+@dataclass(frozen=True, slots=True)
+class TargetDefaults:
+    """What a build takes where the user says nothing; ``context`` None means the model's own limit (tokens)."""
+
+    weights: str = "auto"
+    kv: str = "fp16"
+    attention: str = "auto"
+    context: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A kind of device to build for.
+
+    ``arch`` lists instruction set levels or GPU architectures, the preferred first. ``memory`` is what weights, caches
+    and workspace may take in bytes and ``bandwidth`` the memory's read rate in bytes/s, each None where the machine at
+    hand decides. ``toolchain`` maps package names to version ranges.
+    """
+
+    name: str
+    backend: str
+    description: str
+    arch: tuple[str, ...]
+    memory: int | None = None
+    bandwidth: float | None = None
+    toolchain: Mapping[str, str] = field(default_factory=dict)
+    defaults: TargetDefaults = TargetDefaults()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the target as plain JSON values."""
+        return {**asdict(self), "arch": list(self.arch), "toolchain": dict(self.toolchain)}
+
+
+def read(file: Path, resolve: Callable[[str | Path], Target], above: tuple[Path, ...] = ()) -> Target:
+    """Read the target in ``file``; ``resolve`` finds a shipped target that it extends by name.
+
+    Raises UserError, naming file and line, for anything that the schema does not allow: unknown or repeated keys, wrong
+    types, aliases, an ``extends`` that leads back to itself.
+    """
+    place = file.resolve()
+    if place in above or len(above) >= _MAX_EXTENDS:
+        chain = " -> ".join(step.name for step in (*above, place))
+        raise UserError("targets extend each other without end", facts={"chain": chain}, code="ARK-E113")
+    values = _Document(file).values()
+    base: dict[str, Any] = {}
+    if extends := values.pop("extends", None):
+        if extends.endswith((".yaml", ".yml")):
+            parent = read(file.parent / extends, resolve, (*above, place))
+        else:
+            parent = resolve(extends)
+        base = parent.to_dict()
+    merged = {**base, "name": file.stem, **values}
+    for key in ("defaults", "toolchain"):
+        merged[key] = {**base.get(key, {}), **values.get(key, {})}
+    if missing := [key for key, rule in FIELDS.items() if rule.required and key not in merged]:
+        raise UserError(
+            f"{file.name} is not complete: it lacks {', '.join(missing)}",
+            facts={"file": file},
+            hint="add them, or extend a shipped target: `extends: cpu`",
+            code="ARK-E112",
+        )
+    if not _NAME.fullmatch(merged["name"]):
+        raise UserError(
+            f"{merged['name']!r} cannot name a target",
+            facts={"file": file},
+            hint="use lower-case letters, digits, '.', '-' and '_'",
+            code="ARK-E112",
+        )
+    merged["arch"] = tuple(merged["arch"])
+    merged["defaults"] = TargetDefaults(**merged["defaults"])
+    return Target(**merged)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What one key may hold: its JSON Schema, from which the reader works too, and how to convert a valid value."""
+
+    schema: Mapping[str, Any]
+    required: bool = False
+    convert: Callable[[Any], Any] = lambda value: value
+
+
+def _amount(value: int | float | str | None) -> float | None:
+    if not isinstance(value, str):
+        return value
+    number, unit = re.fullmatch(r"([0-9.]+) ?([A-Za-z]+)(?:/s)?", value).groups()  # type: ignore[union-attr]
+    return float(number) * _UNITS[unit]
+
+
+def _bytes(value: int | str | None) -> int | None:
+    amount = _amount(value)
+    return None if amount is None else int(amount)
+
+
+def _one_of(words: Sequence[str], description: str) -> dict[str, Any]:
+    return {"enum": list(words), "description": description}
+
+
+DEFAULTS = {
+    "weights": Rule(_one_of(WEIGHTS, "Weight format; auto keeps what the checkpoint holds where that is quantised")),
+    "kv": Rule(_one_of(KV, "Type of the key and value cache")),
+    "attention": Rule(_one_of(ATTENTION, "auto: sparse from the model's dense_len on, if it has sparse attention")),
+    "context": Rule(
+        {"type": ["integer", "null"], "minimum": 1, "description": "Largest number of tokens; null: the model's limit"}
+    ),
+}
+FIELDS: Mapping[str, Rule] = {
+    "extends": Rule(
+        {"type": "string", "description": "A shipped target's name, or a YAML file beside this one, to start from"}
+    ),
+    "name": Rule({"type": "string", "pattern": f"^{_NAME.pattern}$", "description": "Default: the file's name"}),
+    "description": Rule({"type": "string", "description": "One line for `arkinfer targets`"}, required=True),
+    "backend": Rule(_one_of(BACKENDS, "What runs the artifact"), required=True),
+    "arch": Rule(
+        {
+            "type": "array",
+            "minItems": 1,
+            "uniqueItems": True,
+            "items": {"type": "string", "pattern": f"^({'|'.join(LEVELS)}|{_CUDA_LEVEL})$"},
+            "description": "Instruction set levels or GPU architectures to hold code for, the preferred first",
+        },
+        required=True,
+    ),
+    "memory": Rule(
+        {
+            "type": ["integer", "string", "null"],
+            "minimum": 1,
+            "pattern": f"^{_AMOUNT}$",
+            "description": "Bytes that weights, caches and workspace may take (6 GiB); null: ask the machine",
+        },
+        convert=_bytes,
+    ),
+    "bandwidth": Rule(
+        {
+            "type": ["number", "string", "null"],
+            "exclusiveMinimum": 0,
+            "pattern": f"^{_AMOUNT}/s$",
+            "description": "Read rate of the memory (204.8 GB/s); null: measure",
+        },
+        convert=_amount,
+    ),
+    "toolchain": Rule(
+        {
+            "type": "object",
+            "additionalProperties": {"type": "string"},
+            "description": "Package names and the version ranges that builds for this target need",
+        }
+    ),
+    "defaults": Rule(
+        {
+            "type": "object",
+            "properties": {name: dict(rule.schema) for name, rule in DEFAULTS.items()},
+            "additionalProperties": False,
+            "description": "What a build takes where the user says nothing",
+        }
+    ),
+}
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of target files; schema.json holds it for editors."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "arkinfer target",
+        "type": "object",
+        "properties": {name: dict(rule.schema) for name, rule in FIELDS.items()},
+        "additionalProperties": False,
+        "anyOf": [
+            {"required": ["extends"]},
+            {"required": [name for name, rule in FIELDS.items() if rule.required]},
+        ],
+    }
+
+
+class _Document:
+    """One YAML file as nodes, which still know their lines."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        try:
+            with open(file, "rb") as stream:
+                raw = stream.read(_MAX_BYTES + 1)
+        except OSError as error:
+            raise UserError(
+                f"the target file {file} cannot be read", facts={"reason": error.strerror}, code="ARK-E111"
+            ) from error
+        if len(raw) > _MAX_BYTES:
+            raise UserError(f"the target file {file} is longer than {_MAX_BYTES} bytes", code="ARK-E112")
+        try:
+            text = raw.decode("utf-8")
+            for event in yaml.parse(text, yaml.SafeLoader):
+                # Aliases make small files grow without bound, and a target has no use for them.
+                if isinstance(event, yaml.AliasEvent):
+                    raise self.error(_line(event.start_mark), "an alias (`*name`) is not allowed: write the value out")
+            self.root = yaml.compose(text, yaml.SafeLoader)
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            reason = error.problem or error.context or "not YAML"
+            raise self.error(_line(mark), reason) from error
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+            raise self.error(
+                0, f"not YAML: {str(error).splitlines()[0] if str(error) else 'nested too deep'}"
+            ) from error
+
+    def error(self, line: int, reason: str, hint: str = "") -> UserError:
+        return UserError(
+            f"{self.file.name}:{line + 1}: {reason}", facts={"file": self.file}, hint=hint, code="ARK-E112"
+        )
+
+    def values(self) -> dict[str, Any]:
+        """Return the checked and converted values of the file's keys."""
+        if not isinstance(self.root, yaml.MappingNode):
+            raise self.error(0, "a target is a mapping of keys to values")
+        values = {}
+        for key, node in self._items(self.root, tuple(FIELDS)):
+            values[key] = FIELDS[key].convert(self._check(node, FIELDS[key].schema, key))
+        return values
+
+    def _items(self, node: yaml.MappingNode, known: Sequence[str] | None) -> list[tuple[str, yaml.Node]]:
+        seen: dict[str, int] = {}
+        items = []
+        for key_node, value in node.value:
+            line = key_node.start_mark.line
+            if not isinstance(key_node, yaml.ScalarNode) or not key_node.tag.endswith(":str"):
+                raise self.error(line, "a key is a plain word")
+            key = str(key_node.value)
+            if known is not None and key not in known:
+                raise self.error(line, f"unknown key `{key}`", nearest(key, list(known)))
+            if key in seen:
+                raise self.error(line, f"`{key}` stands here a second time; the first is in line {seen[key] + 1}")
+            seen[key] = line
+            items.append((key, value))
+        return items
+
+    def _check(self, node: yaml.Node, schema: Mapping[str, Any], name: str) -> Any:
+        """Return the plain value of ``node`` if ``schema`` allows it."""
+        line = node.start_mark.line
+        types = schema.get("type", "string")
+        types = [types] if isinstance(types, str) else types
+        if isinstance(node, yaml.MappingNode) and "object" in types:
+            properties = schema.get("properties")
+            rest = schema.get("additionalProperties") or {}
+            return {
+                key: self._check(value, properties[key] if properties else rest, f"{name}.{key}")
+                for key, value in self._items(node, tuple(properties) if properties else None)
+            }
+        if isinstance(node, yaml.SequenceNode) and "array" in types:
+            values = [self._check(item, schema["items"], name) for item in node.value]
+            if len(values) < schema["minItems"]:
+                raise self.error(line, f"`{name}` is empty")
+            if len(set(values)) != len(values):
+                raise self.error(line, f"`{name}` names something twice")
+            return values
+        value = self._scalar(node, name)
+        kind = "null" if value is None else {int: "integer", float: "number", str: "string"}.get(type(value), "other")
+        if "enum" in schema:
+            if value not in schema["enum"]:
+                raise self.error(line, f"`{name}` cannot be {value!r}", nearest(str(value), schema["enum"]))
+            return value
+        if kind not in types and not (kind == "integer" and "number" in types):
+            raise self.error(line, f"`{name}` is {_A[kind]}, not {' or '.join(_A[each] for each in types)}")
+        self._check_range(value, schema, name, line)
+        return value
+
+    def _check_range(self, value: Any, schema: Mapping[str, Any], name: str, line: int) -> None:
+        if isinstance(value, str):
+            if "pattern" in schema and not re.search(schema["pattern"], value):
+                known = list(LEVELS) if name == "arch" else []
+                hint = nearest(value, known) if known else f"it must match {schema['pattern']}"
+                raise self.error(line, f"`{name}` cannot be {value!r}", hint)
+        elif value is not None:
+            low = schema.get("minimum", schema.get("exclusiveMinimum"))
+            if low is not None and (value < low or (value == low and "exclusiveMinimum" in schema) or value > 1e18):
+                raise self.error(line, f"`{name}` is out of range: {value}")
+
+    def _scalar(self, node: yaml.Node, name: str) -> Any:
+        if not isinstance(node, yaml.ScalarNode):
+            raise self.error(node.start_mark.line, f"`{name}` is a single value")
+        try:
+            # The safe constructor refuses every tag that is not plain data.
+            value = yaml.constructor.SafeConstructor().construct_object(node)
+        except (yaml.YAMLError, ValueError, OverflowError) as error:
+            raise self.error(node.start_mark.line, f"`{name}` is not plain data: {node.value[:80]!r}") from error
+        return value
+
+
+def _line(mark: Any) -> int:
+    return mark.line if mark is not None else 0
+
+
+_A = {
+    "null": "empty",
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "a text",
+    "array": "a list",
+    "object": "a mapping",
+    "other": "neither text nor number",
+}
