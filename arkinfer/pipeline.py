@@ -12,7 +12,7 @@ from typing import Any
 import arkinfer
 from arkinfer import backends, exporters, passes, targets
 from arkinfer import graph as graphs
-from arkinfer import verify as verification
+from arkinfer import parity as verification
 from arkinfer.artifact import Artifact, Writer
 from arkinfer.checkpoint import Checkpoint
 from arkinfer.config import ModelConfig
