@@ -1,0 +1,144 @@
+"""Logits to token: penalties, temperature, top-k, top-p and min-p, in the order in which transformers applies them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from arkinfer.errors import InternalError, UserError
+
+_BLOCK = 64  # logits per block when looking for the k largest
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to choose a token. ``temperature`` 0 or ``top_k`` 1 is greedy; the defaults change nothing.
+
+    ``repetition_penalty`` (> 1 discourages) divides positive and multiplies negative logits of every token in the
+    prompt or the answer; ``presence_penalty`` and ``frequency_penalty`` are subtracted once, or once per occurrence,
+    for tokens of the answer. The same ``seed`` and logits give the same tokens.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _within("temperature", self.temperature, 0, 100)
+        _whole("top_k", self.top_k, 0)
+        _within("top_p", self.top_p, 0, 1, open_low=True)
+        _within("min_p", self.min_p, 0, 1)
+        _within("repetition_penalty", self.repetition_penalty, 0, 100, open_low=True)
+        _within("presence_penalty", self.presence_penalty, -100, 100)
+        _within("frequency_penalty", self.frequency_penalty, -100, 100)
+        if self.seed is not None:
+            _whole("seed", self.seed, 0)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0 or self.top_k == 1
+
+    @property
+    def penalised(self) -> bool:
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+
+def _within(name: str, value: float, low: float, high: float, open_low: bool = False) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not low <= value <= high or (open_low and value == low):
+        bounds = f"above {low} and at most {high}" if open_low else f"from {low} to {high}"
+        raise UserError(f"{name} must be a number {bounds}, not {value!r}", code="ARK-E221")
+
+
+def _whole(name: str, value: int, low: int) -> None:
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < low:
+        raise UserError(f"{name} must be a whole number from {low} up, not {value!r}", code="ARK-E221")
+
+
+def penalise(logits: np.ndarray, options: Sampling, seen: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return ``logits`` (vocab,) with penalties; ``seen`` (vocab,) bool marks tokens of prompt and answer, ``counts``
+    (vocab,) int how often each stands in the answer."""
+    result = logits.astype(np.float32)  # a copy
+    if options.repetition_penalty != 1:
+        marked = result[seen]
+        factor = np.float32(options.repetition_penalty)
+        result[seen] = np.where(marked > 0, marked / factor, marked * factor)
+    result -= np.float32(options.presence_penalty) * (counts > 0)
+    result -= np.float32(options.frequency_penalty) * counts
+    return result
+
+
+def _largest(logits: np.ndarray, count: int) -> np.ndarray:
+    """Return the ids, ascending, of the ``count`` largest logits and of those equal to the last of them."""
+    blocks = logits.size // _BLOCK
+    if count >= logits.size:
+        return np.arange(logits.size)
+    candidates = np.arange(logits.size)
+    if count * 4 <= blocks:
+        # The k-th largest block maximum is no larger than the k-th largest logit: what lies below it is out, and one
+        # pass over the logits leaves a few hundred candidates.
+        maxima = logits[: blocks * _BLOCK].reshape(blocks, _BLOCK).max(axis=1)
+        candidates = np.flatnonzero(logits >= np.partition(maxima, blocks - count)[blocks - count])
+    values = logits[candidates]
+    return candidates[values >= np.partition(values, values.size - count)[values.size - count]]
+
+
+def distribution(logits: np.ndarray, options: Sampling) -> tuple[np.ndarray, np.ndarray]:
+    """Return the candidate ids, ascending, and their probabilities (float64, sum 1) for ``logits`` (vocab,).
+
+    Raises InternalError if the logits hold no largest value (NaN, or nothing but -inf).
+    """
+    best = float(logits.max())
+    if not math.isfinite(best):
+        raise InternalError("the model returned logits that are not numbers", facts={"largest": best}, code="ARK-E710")
+    if options.greedy:
+        return np.array([int(logits.argmax())]), np.ones(1)
+    ids = _largest(logits, options.top_k) if options.top_k else np.arange(logits.size)
+    weights = np.exp((logits[ids].astype(np.float64) - best) / options.temperature)
+    weights /= weights.sum()
+    if options.top_p < 1:
+        # All tokens below this bound together weigh less than what top-p cuts off: they need not be sorted.
+        kept = np.flatnonzero(weights >= (1 - options.top_p) / weights.size)
+        order = kept[np.argsort(-weights[kept], kind="stable")]
+        before = np.cumsum(weights[order]) - weights[order]
+        nucleus = np.sort(order[before < options.top_p])
+        ids, weights = ids[nucleus], weights[nucleus]
+    if options.min_p > 0:
+        likely = weights >= options.min_p * weights.max()
+        ids, weights = ids[likely], weights[likely]
+    return ids, weights / weights.sum()
+
+
+class Sampler:
+    """Chooses the tokens of one answer; knows the tokens seen so far and owns the random state."""
+
+    def __init__(self, options: Sampling, vocab_size: int, prompt: Iterable[int]) -> None:
+        self._options = options
+        self._random = np.random.default_rng(options.seed)
+        if options.penalised:
+            self._counts = np.zeros(vocab_size, np.int32)
+            self._seen = np.zeros(vocab_size, np.bool_)
+            self._seen[list(prompt)] = True
+
+    def __call__(self, logits: np.ndarray) -> int:
+        """Return the next token for ``logits`` (vocab,) and remember it."""
+        options = self._options
+        if options.penalised:
+            logits = penalise(logits, options, self._seen, self._counts)
+        ids, weights = distribution(logits, options)
+        choice = 0
+        if ids.size > 1:
+            choice = int(np.searchsorted(np.cumsum(weights), self._random.random(), side="right"))
+        token = int(ids[min(choice, ids.size - 1)])
+        if options.penalised:
+            self._counts[token] += 1
+            self._seen[token] = True
+        return token
