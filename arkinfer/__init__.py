@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from arkinfer.artifact import Artifact as Artifact
     from arkinfer.pipeline import build as build
-    from arkinfer.pipeline import verify_artifact as verify
     from arkinfer.runtime.engine import Engine as Engine
     from arkinfer.runtime.engine import load as load
     from arkinfer.targets import Target as Target
@@ -29,7 +28,6 @@ _PUBLIC = {
     "build": ("arkinfer.pipeline", "build"),
     "load": ("arkinfer.runtime.engine", "load"),
     "ops": ("arkinfer.ops", ""),
-    "verify": ("arkinfer.pipeline", "verify_artifact"),
 }
 
 
@@ -47,4 +45,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_PUBLIC})
 
 
-__all__ = ["Artifact", "Engine", "Target", "__version__", "build", "load", "verify"]
+__all__ = ["Artifact", "Engine", "Target", "__version__", "build", "load"]

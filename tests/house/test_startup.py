@@ -1,0 +1,81 @@
+"""What starting up loads. Modules are counted, not milliseconds: a count does not depend on how busy the machine is."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tree import ROOT
+
+HEAVY = ("torch", "onnx", "onnxruntime", "tvm", "tvm_ffi", "triton", "transformers", "tokenizers", "minijinja", "sympy")
+COMMANDS = ("build", "run", "chat", "verify", "bench", "inspect", "targets")
+
+_HELP = """
+import sys
+sys.argv = ["arkinfer", *{arguments!r}]
+try:
+    from arkinfer.cli import main
+    main()
+except SystemExit as exit:
+    assert not exit.code, exit.code
+"""
+_REPORT = "\nimport json, sys; print('\\n' + json.dumps(sorted(sys.modules)), file=sys.stderr)"
+
+
+def _modules(code: str, folder: Path) -> tuple[set[str], str]:
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}{_REPORT}"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stderr.splitlines()[-1])), done.stdout
+
+
+def _loaded(code: str, folder: Path) -> tuple[set[str], str]:
+    """Return the modules that ``code`` loads beyond those of a bare interpreter, and what it prints."""
+    bare, _ = _modules("", folder)
+    modules, text = _modules(code, folder)
+    return modules - bare, text
+
+
+def test_import_loads_little(tmp_path: Path) -> None:
+    modules, _ = _loaded("import arkinfer", tmp_path)
+    assert not modules.intersection((*HEAVY, "numpy", "yaml", "click"))
+    assert len(modules) < 60  # 1 of ours, the rest pathlib and its like
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)], ids=lambda command: " ".join(command) or "-")
+def test_help_loads_little(command: tuple[str, ...], tmp_path: Path) -> None:
+    modules, text = _loaded(_HELP.format(arguments=[*command, "--help"]), tmp_path)
+    assert "Usage" in text
+    assert not modules.intersection(HEAVY)
+    assert len(modules) < 400
+
+
+def test_public_names_are_lazy_and_complete(tmp_path: Path) -> None:
+    modules, text = _loaded("import arkinfer; print(arkinfer.Target.__name__, arkinfer.Artifact.__name__)", tmp_path)
+    assert text.split() == ["Target", "Artifact"]
+    assert not modules.intersection(HEAVY)
+    _, text = _modules(
+        "import arkinfer; print(*(getattr(arkinfer, name) for name in arkinfer.__all__), sep='\\n')", tmp_path
+    )
+    assert len(text.splitlines()) == 6
+
+
+def test_device_side_loads_no_torch(tmp_path: Path) -> None:
+    """What a device imports to run an artifact; torch is not installed there."""
+    modules, _ = _loaded("import arkinfer.runtime.engine, arkinfer.backends.tvm", tmp_path)
+    assert not modules.intersection(("torch", "onnx", "tvm", "triton", "transformers", "sympy"))
+
+
+def test_unknown_public_name() -> None:
+    import arkinfer
+
+    with pytest.raises(AttributeError, match="no attribute 'bild'"):
+        _ = arkinfer.bild  # type: ignore[attr-defined]
