@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -219,7 +220,7 @@ def _sweep(parent: Path) -> None:
     for entry in list(parent.iterdir()):
         if entry.name.startswith(".") and entry.name.endswith(f".{_STAGING}") and not entry.is_symlink():
             lock = FolderLock.take(entry)
-            if lock is not None:
+            if lock is not None and lock.held:
                 shutil.rmtree(entry, ignore_errors=True)
                 lock.release()
 
@@ -255,10 +256,12 @@ def _recover(destination: Path) -> None:
         if lock is None:
             continue
         try:
-            if destination.exists():
-                shutil.rmtree(entry, ignore_errors=True)
-            else:
+            if not lock.held and not destination.exists():
+                time.sleep(1)  # no locks here: a living builder is done with its second rename long before
+            if not destination.exists():
                 os.rename(entry, destination)
+            elif lock.held:
+                shutil.rmtree(entry, ignore_errors=True)
         except OSError:
             continue  # a reader without write permission; the next builder does it
         finally:
