@@ -323,9 +323,10 @@ def _read_manifest(folder: Path) -> bytes:
         ) from error
     except OSError as error:
         raise _refused(folder, manifests.NAME, "it cannot be read, or is a link") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _refused(folder, manifests.NAME, "it is not a regular file")
     with os.fdopen(descriptor, "rb") as stream:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise _refused(folder, manifests.NAME, "it is not a regular file")
         return stream.read(manifests.MAX_BYTES + 1)
 
 
