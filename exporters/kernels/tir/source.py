@@ -189,3 +189,20 @@ def exp(source: Source, x: str, lanes: int) -> str:
     exponent = f"T.shift_left({cast(whole, n)}, {integer(23, lanes)})"
     scaled = bits(kind, f"({bits(whole, p)} + {exponent})")
     return source.let("exp", f"T.Select({v} < {real(-87.0, lanes)}, {real(0.0, lanes)}, {scaled})")
+
+
+def swiglu(source: Source, gate: str, up: str, lanes: int) -> str:
+    """Emit silu(gate) * up for float32 vectors and return its name."""
+    gate = source.let("gate", gate)
+    denominator = f"({exp(source, f'{real(0.0, lanes)} - {gate}', lanes)} + {real(1.0, lanes)})"
+    return source.let("swiglu", f"({gate} / {denominator}) * {up}")
+
+
+def index(start: str, lanes: int) -> str:
+    """Return the index of ``lanes`` elements from ``start``; a plain one for one lane."""
+    return ramp(start, lanes) if lanes > 1 else start
+
+
+def fill(value: str, lanes: int) -> str:
+    """Return ``value`` in every lane; itself for one lane."""
+    return splat(value, lanes) if lanes > 1 else value
