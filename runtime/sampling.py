@@ -66,7 +66,7 @@ def _whole(name: str, value: int, low: int) -> None:
 def penalise(logits: np.ndarray, options: Sampling, seen: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Return ``logits`` (vocab,) with penalties; ``seen`` (vocab,) bool marks tokens of prompt and answer, ``counts``
     (vocab,) int how often each stands in the answer."""
-    result = logits.astype(np.float32)  # a copy
+    result: np.ndarray = logits.astype(np.float32)  # a copy
     if options.repetition_penalty != 1:
         marked = result[seen]
         factor = np.float32(options.repetition_penalty)

@@ -131,7 +131,10 @@ class Session:
         if len(ids) >= self.capacity:
             raise UserError(
                 "the prompt does not fit into the context",
-                facts={"prompt": f"{len(ids)} tokens", "context": f"{self.capacity} tokens, one of them for the answer"},
+                facts={
+                    "prompt": f"{len(ids)} tokens",
+                    "context": f"{self.capacity} tokens, one of them for the answer",
+                },
                 hint="shorten the prompt, reset the session, or build again with a larger --context",
                 code="ARK-E216",
             )

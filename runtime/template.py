@@ -1,4 +1,4 @@
-"""Chat templates: messages to prompt text, as ``transformers`` renders them, in an engine that hostile templates cannot leave.
+"""Chat templates: messages to prompt text, as ``transformers`` renders them, in an engine that templates cannot leave.
 
 minijinja has no access to Python attributes or to files; loops are bounded by fuel and the result by ``OUTPUT_LIMIT``.
 """
@@ -20,6 +20,34 @@ FUEL = 2_000_000  # template instructions; a conversation of 1000 messages takes
 OUTPUT_LIMIT = 8_000_000  # characters
 
 
+class _WholeFloat:
+    """A float without a fraction, such as 3.0: the engine would hand it to a filter as the integer 3."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def __str__(self) -> str:
+        return repr(self.value)
+
+    __repr__ = __str__
+
+
+def _guarded(value: object) -> object:
+    if isinstance(value, float) and value.is_integer():
+        return _WholeFloat(value)
+    if isinstance(value, Mapping):
+        return {key: _guarded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_guarded(item) for item in value]
+    return value
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, _WholeFloat):
+        return value.value
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
 class _Refusal(Exception):
     """A template called ``raise_exception``."""
 
@@ -33,7 +61,9 @@ def _tojson(
 ) -> str:
     """The filter as transformers defines it; the engine's own escapes ``<``, ``>``, ``&`` and quotes for HTML."""
     pair = (separators[0], separators[1]) if separators else None
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=pair, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=pair, sort_keys=sort_keys, default=_plain
+    )
 
 
 def _raise_exception(message: str) -> str:
@@ -63,7 +93,7 @@ def render(source: str, variables: Mapping[str, object]) -> str:
     Raises UserError when the template is malformed, refuses the messages, or runs too long.
     """
     try:
-        text = str(_environment().render_str(source, **variables))
+        text = str(_environment().render_str(source, **{name: _guarded(value) for name, value in variables.items()}))
     except minijinja.TemplateError as error:
         reason = getattr(error, "message", None) or str(error).splitlines()[0]
         raise _failure(error.__cause__ or error, reason) from error
