@@ -20,6 +20,8 @@ ATTENTION = ("auto", "dense", "sparse")
 
 _MAX_BYTES = 64 << 10
 _MAX_EXTENDS = 8
+_MAX_DEPTH = 8
+_MAX_AMOUNT = 10**18  # bytes, or bytes/s
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _CUDA_LEVEL = r"sm_[0-9]{2,3}"
 _UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -129,7 +131,12 @@ DEFAULTS = {
     "kv": Rule(_one_of(KV, "Type of the key and value cache")),
     "attention": Rule(_one_of(ATTENTION, "auto: sparse from the model's dense_len on, if it has sparse attention")),
     "context": Rule(
-        {"type": ["integer", "null"], "minimum": 1, "description": "Largest number of tokens; null: the model's limit"}
+        {
+            "type": ["integer", "null"],
+            "minimum": 1,
+            "maximum": 10**9,
+            "description": "Largest number of tokens; null: the model's limit",
+        }
     ),
 }
 FIELDS: Mapping[str, Rule] = {
@@ -153,6 +160,7 @@ FIELDS: Mapping[str, Rule] = {
         {
             "type": ["integer", "string", "null"],
             "minimum": 1,
+            "maximum": _MAX_AMOUNT,
             "pattern": f"^{_AMOUNT}$",
             "description": "Bytes that weights, caches and workspace may take (6 GiB); null: ask the machine",
         },
@@ -161,7 +169,8 @@ FIELDS: Mapping[str, Rule] = {
     "bandwidth": Rule(
         {
             "type": ["number", "string", "null"],
-            "exclusiveMinimum": 0,
+            "minimum": 1,
+            "maximum": _MAX_AMOUNT,
             "pattern": f"^{_AMOUNT}/s$",
             "description": "Read rate of the memory (204.8 GB/s); null: measure",
         },
@@ -216,7 +225,11 @@ class _Document:
             raise UserError(f"the target file {file} is longer than {_MAX_BYTES} bytes", code="ARK-E112")
         try:
             text = raw.decode("utf-8")
+            depth = 0
             for event in yaml.parse(text, yaml.SafeLoader):
+                depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+                if depth > _MAX_DEPTH:  # looked at before PyYAML gets there: its time grows with the square
+                    raise self.error(_line(event.start_mark), "nested too deep")
                 # Aliases make small files grow without bound, and a target has no use for them.
                 if isinstance(event, yaml.AliasEvent):
                     raise self.error(_line(event.start_mark), "an alias (`*name`) is not allowed: write the value out")
@@ -225,10 +238,8 @@ class _Document:
             mark = error.problem_mark or error.context_mark
             reason = error.problem or error.context or "not YAML"
             raise self.error(_line(mark), reason) from error
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-            raise self.error(
-                0, f"not YAML: {str(error).splitlines()[0] if str(error) else 'nested too deep'}"
-            ) from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise self.error(0, f"not YAML: {str(error).splitlines()[0]}") from error
 
     def error(self, line: int, reason: str, hint: str = "") -> UserError:
         return UserError(
@@ -296,10 +307,8 @@ class _Document:
                 known = list(LEVELS) if name == "arch" else []
                 hint = nearest(value, known) if known else f"it must match {schema['pattern']}"
                 raise self.error(line, f"`{name}` cannot be {value!r}", hint)
-        elif value is not None:
-            low = schema.get("minimum", schema.get("exclusiveMinimum"))
-            if low is not None and (value < low or (value == low and "exclusiveMinimum" in schema) or value > 1e18):
-                raise self.error(line, f"`{name}` is out of range: {value}")
+        elif value is not None and not schema["minimum"] <= value <= schema["maximum"]:
+            raise self.error(line, f"`{name}` is out of range: {value}")
 
     def _scalar(self, node: yaml.Node, name: str) -> Any:
         if not isinstance(node, yaml.ScalarNode):

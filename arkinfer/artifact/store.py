@@ -160,12 +160,13 @@ class Writer:
             os.fsync(stream.fileno())
         for folder in sorted({place.parent for place in places.values()} | {staging}, reverse=True):
             _sync(folder)
+        # Taken before the rename, which leaves the files as they are: afterwards a rival may replace the artifact.
+        record = verified.key(sealed.digest, _tree(staging, sealed))
         if self._publish(staging, sealed):
             self._staging = None
             _sync(self.destination.parent)
-        artifact = Artifact(self.destination.resolve(), sealed)
-        verified.remember(verified.key(sealed.digest, _tree(artifact.path, sealed)))
-        return artifact
+            verified.remember(record)
+        return Artifact(self.destination.resolve(), sealed)
 
     def _publish(self, staging: Path, sealed: Manifest) -> bool:
         """Put ``staging`` in place; return False if an equal artifact already stands there."""
@@ -173,7 +174,7 @@ class Writer:
             if _digest_at(self.destination) == sealed.digest and not self.force:
                 return False
             _check_destination(self.destination, self.force)
-            aside = _set_aside(self.destination) if self.destination.exists() else None
+            aside = _set_aside(self.destination) if self.force else None
             try:
                 os.rename(staging, self.destination)
             except OSError as error:
@@ -269,14 +270,14 @@ def _recover(destination: Path) -> None:
 
 
 def _check_destination(destination: Path, force: bool) -> None:
-    if not os.path.lexists(destination):
-        return
-    whole = destination.is_dir() and not destination.is_symlink()
-    if whole and not any(destination.iterdir()):
-        return
-    # --force deletes: never anything but what an earlier build made, be it damaged by now.
-    damaged = destination.suffix == ".ark" and (destination / manifests.NAME).is_file()
-    if not whole or not (damaged or _digest_at(destination)):
+    for attempt in range(5):
+        if not os.path.lexists(destination) or _is_empty(destination):
+            return
+        if _is_artifact(destination):
+            break
+        time.sleep(0.02 * attempt)  # a rival may have renamed it away between the two looks
+    else:
+        # --force deletes: never anything but what an earlier build made.
         raise UserError(
             f"{destination.name} exists and is not an artifact",
             facts={"path": destination},
@@ -287,6 +288,20 @@ def _check_destination(destination: Path, force: bool) -> None:
         raise UserError(
             f"{destination.name} exists", facts={"path": destination}, hint="--force replaces it", code="ARK-E150"
         )
+
+
+def _is_empty(place: Path) -> bool:
+    try:
+        return not place.is_symlink() and not any(place.iterdir())
+    except OSError:
+        return False
+
+
+def _is_artifact(place: Path) -> bool:
+    """Tell whether an earlier build made what is at ``place``, be it damaged by now."""
+    if place.is_symlink() or not place.is_dir():
+        return False
+    return (place.suffix == ".ark" and (place / manifests.NAME).is_file()) or _digest_at(place) is not None
 
 
 def _digest_at(folder: Path) -> str | None:

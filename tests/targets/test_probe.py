@@ -1,0 +1,51 @@
+"""The probe of this machine."""
+
+from __future__ import annotations
+
+import platform
+
+import pytest
+
+from arkinfer import targets
+from arkinfer.exporters.kernels.tir.isa import ISAS
+from arkinfer.targets import probe
+
+
+def test_levels_are_those_that_kernels_are_generated_for() -> None:
+    assert set(probe.LEVELS) == set(ISAS)
+    for name, isa in ISAS.items():
+        assert set(isa.features) <= set(probe.LEVELS[name])
+
+
+@pytest.mark.parametrize("name", targets.names())
+def test_shipped_targets_name_known_levels(name: str) -> None:
+    assert all(level in probe.LEVELS or level.startswith("sm_") for level in targets.load(name).arch)
+
+
+def test_levels_by_features() -> None:
+    v3, v4 = probe.LEVELS["x86-64-v3"], probe.LEVELS["x86-64-v4-vnni"]
+    assert probe.levels_of(frozenset()) == ()
+    assert probe.levels_of(frozenset(v3)) == ("x86-64-v3",)
+    assert probe.levels_of(frozenset(v3 + v4)) == ("x86-64-v4-vnni", "x86-64-v3")
+    assert probe.levels_of(frozenset(v3 + v4) - {"avx512_vnni"}) == ("x86-64-v3",)
+    assert probe.levels_of(frozenset({"asimd", "asimddp"})) == ("aarch64-dotprod",)
+
+
+def test_machine_is_plausible() -> None:
+    machine = probe.machine()
+    assert machine.cores >= 1
+    assert machine.available >= 0
+    assert machine.architecture == platform.machine()
+    assert machine.to_dict()["levels"] == list(probe.isa_levels())
+
+
+def test_level_for_takes_the_targets_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "isa_levels", lambda: ("x86-64-v3",))
+    assert probe.level_for(targets.load("cpu")) == "x86-64-v3"
+    monkeypatch.setattr(probe, "isa_levels", lambda: ("aarch64-dotprod",))
+    assert probe.level_for(targets.load("cpu")) is None
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_bandwidth_is_positive(threads: int) -> None:
+    assert probe.measure_read_bandwidth(threads, seconds=0.0, size=8 << 20) > 1e8
