@@ -131,6 +131,7 @@ class ModelGraph:
             if weight is not None:
                 packed: Packed = weights.packed(replace(weight, part="weight"))
                 part = getattr(packed, weight.part)
+                part = part.float() if len(weight.shape) == 1 else part  # norms and biases compute in float32
                 arguments.append(part.reshape(node.meta["val"].shape))
             else:
                 arguments.append(tensors[node.name] if node.name in tensors else values[node.name])

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import fx
 
-from arkinfer.graph import ModelGraph
+from arkinfer.graph import ModelGraph, Weight
 from arkinfer.ops.attention import LayerCache
+from arkinfer.quant.packed import Packed
 
+PERTURBATION = 1e-7  # relative; float32 resolves 6e-8
 _KV = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.int8}
+
+
+class WeightSource(Protocol):
+    """Gives the packed form of any weight of the graph."""
+
+    def packed(self, weight: Weight) -> Packed: ...
 
 
 class ReferenceState:
@@ -41,23 +51,44 @@ class _Tracer(fx.Interpreter):
         return value
 
 
+class _Perturbed:
+    """Weights whose vectors differ in their last bits."""
+
+    def __init__(self, inner: WeightSource) -> None:
+        self._inner = inner
+
+    def packed(self, weight: Weight) -> Packed:
+        packed = self._inner.packed(weight)
+        if len(weight.shape) > 1:
+            return packed
+        noise = torch.randn(packed.weight.shape, generator=torch.Generator().manual_seed(len(weight.name)))
+        return replace(packed, weight=packed.weight.float() * (1 + PERTURBATION * noise))
+
+
 class Reference:
     """Runs a ModelGraph in torch on the CPU; the same ``step`` as an Executor's, in float32."""
 
-    def __init__(self, model: ModelGraph, weights: object, kv: str, attention: str = "auto") -> None:
-        self._model = model
-        self._weights = weights
-        self._kv = _KV[kv]
+    def __init__(self, model: ModelGraph, weights: WeightSource, kv: str, attention: str = "auto") -> None:
+        self._model, self._weights, self._attention = model, weights, attention
+        self._kv = kv
         self._module = fx.GraphModule(torch.nn.Module(), model.with_attention(attention).graph)
 
-    def new_state(self, capacity: int) -> ReferenceState:
-        return ReferenceState(self._model.new_caches(capacity, self._kv), capacity)
+    def perturbed(self) -> Reference:
+        """Return the same model with norm weights changed by about one unit in the last place."""
+        return Reference(self._model, _Perturbed(self._weights), self._kv, self._attention)
 
-    def step(self, tokens: Sequence[int], state: ReferenceState, rows: Sequence[int] | None = None) -> np.ndarray:
-        """Append ``tokens`` and return float32 logits (rows, vocab) of ``rows`` (default: all)."""
-        arguments = self._arguments(tokens, state, range(len(tokens)) if rows is None else rows)
+    def residuals(self) -> dict[str, str]:
+        """Return the graph's residual nodes, see ModelGraph.residuals."""
+        return self._model.residuals()
+
+    def new_state(self, capacity: int) -> ReferenceState:
+        return ReferenceState(self._model.new_caches(capacity, _KV[self._kv]), capacity)
+
+    def step(self, tokens: Sequence[int], state: ReferenceState, logits: str = "last") -> np.ndarray:
+        """Append ``tokens`` and return float32 logits (rows, vocab): of all rows or the last."""
+        arguments = self._arguments(tokens, state, range(len(tokens)) if logits == "all" else [len(tokens) - 1])
         with torch.no_grad():
-            logits = self._module(*arguments)
+            (logits,) = self._module(*arguments)
         state.length += len(tokens)
         values: np.ndarray = logits.float().numpy()
         return values

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from arkinfer.graph import ModelGraph, Weight
-from arkinfer.quant.packed import Packed
+from arkinfer.graph import ModelGraph
+from arkinfer.reference import WeightSource
 from arkinfer.targets import Target
 
 Progress = Callable[[str, int, int], None]  # stage, units done, units in all
@@ -29,12 +29,6 @@ class Payload:
 
     toolchain: Mapping[str, str]
     limits: Mapping[str, Any]
-
-
-class WeightSource(Protocol):
-    """Gives the packed form of any weight of the graph, one at a time."""
-
-    def packed(self, weight: Weight) -> Packed: ...
 
 
 class Exporter(Protocol):

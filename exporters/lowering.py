@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from arkinfer.exporters.base import BuildOptions
 from arkinfer.exporters.kernels.tir import layout
 from arkinfer.exporters.program import Argument, Call, Program, Value
 from arkinfer.graph import ModelGraph, Weight
-from arkinfer.ops.linear import activation_group
 from arkinfer.quant.packed import group_extent
 
 aten = torch.ops.aten
@@ -43,7 +42,7 @@ class Lowering:
         self.program = Program()
         self.stored: dict[str, Stored] = {}  # parameter name -> origin
         self.names: dict[fx.Node, str] = {}
-        self.quantised: dict[tuple[fx.Node, int], tuple[str, str, str]] = {}
+        self.quantised: dict[tuple[fx.Node, layout.Grouping], list[str]] = {}
         self.layer = 0
         self.rules: Mapping[Any, Callable[[fx.Node], None]] = {
             ark.embedding.default: self._embedding,
@@ -59,7 +58,7 @@ class Lowering:
             ark.rope.default: self._skip,
             aten.slice.Tensor: self._skip,
             aten.unflatten.int: self._skip,
-            aten.flatten.using_ints: self._alias,
+            aten.flatten.using_ints: self._flatten,
             operator.getitem: self._skip,
         }
 
@@ -159,8 +158,10 @@ class Lowering:
     def _skip(self, node: fx.Node) -> None:
         """Nothing to emit: the value is a view, or a consumer's rule absorbs it."""
 
-    def _alias(self, node: fx.Node) -> None:
-        self.names[node] = self.names[node.args[0]]
+    def _flatten(self, node: fx.Node) -> None:
+        out = Value(node.name, "float32", ("n", node.meta["val"].shape[1]))
+        self._call("reshape", {}, [self.names[node.args[0]]], out)
+        self.names[node] = out.name
 
     def _embedding(self, node: fx.Node) -> None:
         packed = node.target is ark.embedding.default
@@ -185,23 +186,23 @@ class Lowering:
             self._taken = taken
         return self._taken
 
-    def _quantise(self, node: fx.Node, form: str, group: int) -> tuple[list[str], int]:
+    def _quantise(self, node: fx.Node, grouping: layout.Grouping) -> list[str]:
         """Return the int8 form of ``node``'s value (codes, scales, sums), quantising it unless that was done."""
-        width = node.meta["val"].shape[1]
-        size = activation_group(group, width)
-        if (node, size) not in self.quantised:
-            rows = self._rows(node)
-            outputs = self._quantised_values(node.name, rows, width, size)
-            self._call("quantise", {"group": size}, [self.names[node]], *outputs)
-            self.quantised[node, size] = tuple(output.name for output in outputs)  # type: ignore[assignment]
-        return list(self.quantised[node, size]), size
+        if (node, grouping) not in self.quantised:
+            outputs = self._quantised(node, self._rows(node), grouping)
+            self._call("quantize", {"groups": asdict(grouping)}, [self.names[node]], *outputs)
+        return self.quantised[node, grouping]
 
-    def _quantised_values(self, name: str, rows: str, width: int, size: int) -> tuple[Value, Value, Value]:
-        return (
-            self._value(f"{name}.codes", "int8", rows, width),
-            self._value(f"{name}.scales", "float32", rows, width // size),
-            self._value(f"{name}.sums", "int32", rows, width // size),
+    def _quantised(self, node: fx.Node, rows: str, grouping: layout.Grouping) -> tuple[Value, Value, Value]:
+        """Declare the int8 form of ``node``'s value: codes (rows, stored width), scales and sums per group."""
+        width = node.meta["val"].shape[1]
+        values = (
+            Value(f"{node.name}.codes", "int8", (rows, grouping.padded_width(width))),
+            Value(f"{node.name}.scales", "float32", (rows, width // grouping.activation)),
+            Value(f"{node.name}.sums", "int32", (rows, grouping.segments(width))),
         )
+        self.quantised[node, grouping] = [value.name for value in values]
+        return values
 
     def _linear(self, node: fx.Node) -> None:
         x, matrix, _, _, _, bias = (list(node.args) + [None] * 6)[:6]
@@ -216,8 +217,8 @@ class Lowering:
         options = {**options, "gated": gated, "bias": bias is not None}
         integer = len(node.args) > 8 and node.args[8] == "int8"
         if integer:
-            inputs, size = self._quantise(x, weight.format, weight.group)
-            self._call("linear_int8", {**options, "activation_group": size}, [*inputs, *parameters, *extra], out)
+            inputs = self._quantise(x, layout.grouping(weight.format, weight.group, weight.shape[1]))
+            self._call("linear_int8", options, [*inputs, *parameters, *extra], out)
         else:
             self._call("linear_float", options, [self.names[x], *parameters, *extra], out)
         self.names[node] = out.name
@@ -231,50 +232,39 @@ class Lowering:
         self._call("swiglu", {}, [self.names[source]], out)
         self.names[node] = out.name
 
-    def _integer_group(self, node: fx.Node) -> int | None:
-        """Return the activation group if int8 linears of one group size are all that reads ``node``, else None."""
-        sizes = set()
+    def _grouping(self, node: fx.Node) -> layout.Grouping | None:
+        """Return the grouping if int8 linears that agree on one are all that reads ``node``, else None."""
+        found = set()
         for user in node.users:
             if user.target is not ark.linear.default or len(user.args) < 9 or user.args[8] != "int8":
                 return None
-            sizes.add(activation_group(int(user.args[7]), node.meta["val"].shape[1]))
-        return sizes.pop() if len(sizes) == 1 else None
+            found.add(layout.grouping(user.args[6], user.args[7], node.meta["val"].shape[1]))
+        return found.pop() if len(found) == 1 else None
+
+    def _normed(self, node: fx.Node, kernel: str, options: dict[str, Any], inputs: list[Argument], *before: Value) -> None:
+        """Emit a norm whose result is ``node``: directly in int8 where that is all its readers want."""
+        grouping = self._grouping(node)
+        if grouping is not None:
+            outputs = self._quantised(node, "n", grouping)
+            self._call(kernel, {**options, "groups": asdict(grouping)}, inputs, *before, *outputs)
+            return
+        out = Value(f"{node.name}.norm", "float32", ("n", self.config.hidden_size))
+        self._call(kernel, {**options, "groups": None}, inputs, *before, out)
+        self.names[node] = out.name
 
     def _norm(self, node: fx.Node) -> None:
         x, _, weight, eps = node.args
-        if x.target is not ark.embedding.default and x.target is not aten.embedding.default:
-            return  # a norm over heads: absorbed by attention
-        hidden = self.config.hidden_size
-        size = self._integer_group(node)
-        options = {"eps": float(eps), "group": size or 0}
-        if size is None:
-            out = self._value(node.name, "float32", "n", hidden)
-            self._call("rms_norm", options, [self.names[x], self._vector(weight)], out)
-            self.names[node] = out.name
-            return
-        outputs = self._quantised_values(node.name, "n", hidden, size)
-        self._call("rms_norm", options, [self.names[x], self._vector(weight)], *outputs)
-        self.quantised[node, size] = tuple(output.name for output in outputs)  # type: ignore[assignment]
+        if len(node.meta["val"].shape) == 2:  # a norm over heads is absorbed by the attention that reads it
+            self._normed(node, "rms_norm", {"eps": float(eps)}, [self.names[x], self._vector(weight)])
 
     def _add_norm(self, node: fx.Node) -> None:
         residual, delta, weight, scale, eps = node.args
-        hidden = self.config.hidden_size
         picked = {user.args[1]: user for user in node.users}
-        total = self._value(f"{node.name}.sum", "float32", "n", hidden)
+        total = Value(f"{node.name}.sum", "float32", ("n", self.config.hidden_size))
         if 0 in picked:
             self.names[picked[0]] = total.name
-        normed = picked[1]
-        size = self._integer_group(normed)
-        options = {"scale": float(scale), "eps": float(eps), "group": size or 0}
         inputs: list[Argument] = [self.names[residual], self.names[delta], self._vector(weight)]
-        if size is None:
-            out = self._value(f"{node.name}.norm", "float32", "n", hidden)
-            self._call("add_rms_norm", options, inputs, total, out)
-            self.names[normed] = out.name
-            return
-        outputs = self._quantised_values(normed.name, "n", hidden, size)
-        self._call("add_rms_norm", options, inputs, total, *outputs)
-        self.quantised[normed, size] = tuple(output.name for output in outputs)  # type: ignore[assignment]
+        self._normed(picked[1], "add_rms_norm", {"scale": float(scale), "eps": float(eps)}, inputs, total)
 
     def _scale(self, node: fx.Node) -> None:
         source, factor = node.args

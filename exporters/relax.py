@@ -63,6 +63,10 @@ class _Emitter:
             self.builder.emit_func_output(relax.Tuple([*results, *(known[value.name] for value in self.program.caches)]))
 
     def _call(self, call: Call, tokens: str, known: dict[str, Any], scalars: Mapping[str, Any], kind: Any) -> None:
+        if call.kernel == "reshape":
+            (output,) = call.outputs
+            known[output.name] = self.builder.emit(relax.op.reshape(known[call.inputs[0]], kind(output).shape))
+            return
         function = self._function(call, tokens)
 
         def argument(item: Argument) -> Any:
