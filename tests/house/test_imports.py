@@ -29,8 +29,10 @@ LIBRARIES = {
 }
 OWNERS = {
     "backends/tvm.py": {"tvm_ffi"},
-    "exporters/tvm.py": {"tvm", "torch"},
-    "exporters/relax.py": {"tvm", "torch"},
+    "exporters/tvm.py": {"torch"},  # reads weights as tensors
+    "exporters/lowering.py": {"torch"},  # walks the graph, which is torch.fx's
+    "exporters/relax.py": {"tvm"},
+    "exporters/kernels/tir/source.py": {"tvm"},
 }
 # Torch-free parts of `arkinfer/`: loaded by `import arkinfer`, every --help, and on devices.
 LIGHT = ("arkinfer/__init__.py", "arkinfer/__main__.py", "arkinfer/errors.py", "arkinfer/artifact/", "arkinfer/cli/")
