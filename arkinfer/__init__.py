@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from arkinfer.artifact import Artifact as Artifact
     from arkinfer.pipeline import build as build
+    from arkinfer.pipeline import verify_artifact as verify
     from arkinfer.runtime.engine import Engine as Engine
     from arkinfer.runtime.engine import load as load
     from arkinfer.targets import Target as Target
@@ -28,6 +29,7 @@ _PUBLIC = {
     "build": ("arkinfer.pipeline", "build"),
     "load": ("arkinfer.runtime.engine", "load"),
     "ops": ("arkinfer.ops", ""),
+    "verify": ("arkinfer.pipeline", "verify_artifact"),
 }
 
 
@@ -45,4 +47,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_PUBLIC})
 
 
-__all__ = ["Artifact", "Engine", "Target", "__version__", "build", "load"]
+__all__ = ["Artifact", "Engine", "Target", "__version__", "build", "load", "verify"]

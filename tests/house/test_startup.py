@@ -65,7 +65,7 @@ def test_public_names_are_lazy_and_complete(tmp_path: Path) -> None:
     _, text = _modules(
         "import arkinfer; print(*(getattr(arkinfer, name) for name in arkinfer.__all__), sep='\\n')", tmp_path
     )
-    assert len(text.splitlines()) == 6
+    assert len(text.splitlines()) == 7
 
 
 def test_device_side_loads_no_torch(tmp_path: Path) -> None:

@@ -172,8 +172,9 @@ def test_reader_and_json_schema_agree(read: Read) -> None:
     generator = random.Random(3)
     words: list[Any] = [
         None, True, 0, 1, -1, 7, 4096, 0.5, 1e30, "", "tvm", "cuda", "cpu", "int4", "fp16", "auto", "dense",
-        "x86-64-v3", "sm_89", "6 GiB", "6GiB", "6 gib", "17.1 GB/s", "1 GB/s ", ["x86-64-v3"], ["sm_87", "sm_87"], ["nope"],
-        [], {}, {"cuda": ">=12"}, {"kv": "int8"}, {"kv": "int2"}, {"context": 5}, {"context": None}, {"cuda": 12},
+        "x86-64-v3", "sm_89", "6 GiB", "6GiB", "6 gib", "17.1 GB/s", "1 GB/s ", ["x86-64-v3"], ["sm_87", "sm_87"],
+        ["nope"], [], {}, {"cuda": ">=12"}, {"kv": "int8"}, {"kv": "int2"}, {"context": 5}, {"context": None},
+        {"cuda": 12},
     ]  # fmt: skip
     validator = jsonschema.Draft202012Validator(schema.json_schema())
     outcomes = set()
