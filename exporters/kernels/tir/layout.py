@@ -81,7 +81,7 @@ def activation_group(group: int, width: int) -> int:
 
 
 def grouping(format: str, group: int, width: int) -> Grouping:
-    """Return how rows of ``width`` inputs are cut for a weight ``format`` with ``group`` inputs a scale (0: the row)."""
+    """Return how rows of ``width`` inputs are cut for a weight with ``group`` inputs a scale (0: the row)."""
     inputs = code_format(format).inputs
     extent = group or width
     if width % extent:

@@ -13,7 +13,19 @@ from typing import Any
 from arkinfer.exporters.kernels.tir.isa import Isa
 from arkinfer.exporters.kernels.tir.layout import CHUNK, PANEL, CodeFormat, Grouping, code_format, grouping
 from arkinfer.exporters.kernels.tir.panels import panel_bytes, parallel_panels
-from arkinfer.exporters.kernels.tir.source import Source, add, bits, cast, fma, integer, load, ramp, real, splat, storage
+from arkinfer.exporters.kernels.tir.source import (
+    Source,
+    add,
+    bits,
+    cast,
+    fma,
+    integer,
+    load,
+    ramp,
+    real,
+    splat,
+    storage,
+)
 
 UNROLL = 4  # chunks per round of the inner loop
 
@@ -34,11 +46,11 @@ def linear_int8(
 ) -> Any:
     """Return the PrimFunc ``(xq, xs, xsum, w, scales[, zeros][, bias], y)``; ``tokens`` "one" fixes n = 1.
 
-    xq (n, Kp) int8, xs (n, A) float32, xsum (n, S) int32: what ``quantize`` makes for ``grouping(format, group, width)``.
+    xq (n, Kp) int8, xs (n, A) float32, xsum (n, S) int32: made by ``quantize`` for ``grouping(format, group, width)``.
     w (P, C, 64) uint8, scales (P, G, 16), zeros (P, G, 16) uint8: see ``pack``; bfloat16 scales are uint16 buffers.
     bias (N,) float32, y (n, N) float32, N <= 16 P.
 
-    With ``gated`` panels 2i and 2i + 1 are the gate and up rows of outputs 16i..16i+15 and y = silu(gate) * up, N <= 8 P.
+    With ``gated`` panels 2i and 2i + 1 are gate and up rows of outputs 16i..16i+15 and y = silu(gate) * up, N <= 8 P.
     """
     source = Source("linear_int8")
     n = 1 if tokens == "one" else "n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from arkinfer.errors import UserError
 from arkinfer.exporters.kernels.tir.isa import Isa
 from arkinfer.exporters.kernels.tir.layout import PANEL
 from arkinfer.exporters.kernels.tir.source import Source, ramp, swiglu
@@ -26,6 +27,8 @@ def parallel_panels(
     are taken one by one; for many, ``panels`` of them with ``block`` tokens at a time (a gate and its up panel always
     together).
     """
+    if bias and gated:
+        raise UserError("a gated matrix product takes no bias", code="ARK-E152")
     if tokens == "one":
         with source.loop("pair", "P // 2" if gated else "P", "parallel"):
             names = ["pair * 2", "pair * 2 + 1"] if gated else ["pair"]
