@@ -11,8 +11,18 @@ from typing import Any
 
 from arkinfer.exporters.kernels.tir.isa import Isa
 from arkinfer.exporters.kernels.tir.layout import Grouping
-from arkinfer.exporters.kernels.tir.source import Source, bits, cast, index,
-    ramp, integer, intrinsic, real, splat, swiglu
+from arkinfer.exporters.kernels.tir.source import (
+    Source,
+    bits,
+    cast,
+    index,
+    integer,
+    intrinsic,
+    ramp,
+    real,
+    splat,
+    swiglu,
+)
 
 WIDTH = 16  # lanes of elementwise code; a narrower machine takes two or four registers for them
 
