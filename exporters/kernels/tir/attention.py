@@ -9,7 +9,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from arkinfer.exporters.kernels.tir.attention_tile import LANES, NOTHING, Caches, Rows, attend_block, fold, hold, register_tile
+from arkinfer.exporters.kernels.tir.attention_tile import (
+    LANES,
+    NOTHING,
+    Caches,
+    Rows,
+    attend_block,
+    fold,
+    hold,
+    register_tile,
+)
 from arkinfer.exporters.kernels.tir.isa import Isa
 from arkinfer.exporters.kernels.tir.source import Source, ramp, real, splat
 
@@ -102,10 +111,14 @@ class _Attention:
         source, dim = self.source, self.dim
         with source.loop("g", self.group), source.loop("c", dim // LANES):
             at = ramp(f"(({token}) * {self.heads} + {head} * {self.group} + g) * {dim} + c * {LANES}", LANES)
-            source.line(f"query[{ramp(f'({row} + g) * {dim} + c * {LANES}', LANES)}] = q_flat[{at}] * {real(self.scale, LANES)}")
+            source.line(
+                f"query[{ramp(f'({row} + g) * {dim} + c * {LANES}', LANES)}] = q_flat[{at}] * {real(self.scale, LANES)}"
+            )
         if self.rows > self.group:
             with source.loop("g", self.rows - self.group), source.loop("c", dim // LANES):
-                source.line(f"query[{ramp(f'({row} + {self.group} + g) * {dim} + c * {LANES}', LANES)}] = {real(0.0, LANES)}")
+                source.line(
+                    f"query[{ramp(f'({row} + {self.group} + g) * {dim} + c * {LANES}', LANES)}] = {real(0.0, LANES)}"
+                )
 
     def _store(self, token: str, head: str, state: Rows) -> None:
         """Write the output of one token: the folded rows divided by their weight."""
@@ -114,7 +127,9 @@ class _Attention:
             share = source.let("share", splat(f"T.float32(1) / {state.weight}[({state.row} + g) * {LANES}]", LANES))
             with source.loop("c", dim // LANES):
                 at = ramp(f"(({token}) * {self.heads} + {head} * {self.group} + g) * {dim} + c * {LANES}", LANES)
-                source.line(f"out_flat[{at}] = {state.output}[{ramp(f'({state.row} + g) * {dim} + c * {LANES}', LANES)}] * {share}")
+                source.line(
+                    f"out_flat[{at}] = {state.output}[{ramp(f'({state.row} + g) * {dim} + c * {LANES}', LANES)}] * {share}"
+                )
 
     def _token_block(self, caches: Caches, state: Rows, block: str, position: str) -> None:
         """Let the rows of one token attend to one block, a register tile at a time."""
@@ -122,7 +137,9 @@ class _Attention:
         with source.loop("tile", self.rows // self.height):
             part = state.shifted(hold(source, "offset", f"tile * {self.height}"))
             positions = [position] * self.height
-            attend_block(source, self.isa, caches, self.block, self.height, part, block, positions, ("weights", "decay"))
+            attend_block(
+                source, self.isa, caches, self.block, self.height, part, block, positions, ("weights", "decay")
+            )
 
     def _decode(self) -> None:
         source, dim, step = self.source, self.dim, self.blocks_per_split
@@ -182,7 +199,9 @@ class _Attention:
             whole.reset(source, str(self.rows), dim)
             with source.loop("split", splits):
                 row = hold(source, "row", f"(plane * {splits} + split) * {self.rows}")
-                fold(source, Rows("", "", "part_output", "part_maximum", "part_weight", row), whole, str(self.group), dim)
+                fold(
+                    source, Rows("", "", "part_output", "part_maximum", "part_weight", row), whole, str(self.group), dim
+                )
             self._store(f"plane // {self.kv_heads}", f"(plane % {self.kv_heads})", whole)
 
     def _prefill(self) -> None:
@@ -190,7 +209,13 @@ class _Attention:
         size = max(1, TILE_ROWS // self.rows // self.joined) * self.joined  # tokens of a tile
         tiles = source.let("tiles", f"(n + {size - 1}) // {size}")
         with source.loop("item", f"{tiles} * {self.kv_heads}", "parallel"):
-            for name, width in (("query", dim), ("output", dim), ("whole_output", dim), ("maximum", 1), ("whole_maximum", 1)):
+            for name, width in (
+                ("query", dim),
+                ("output", dim),
+                ("whole_output", dim),
+                ("maximum", 1),
+                ("whole_maximum", 1),
+            ):
                 self._buffer(name, size * self.rows * width)
             self._buffer("weight", size * self.rows * LANES)
             self._buffer("whole_weight", size * self.rows * LANES)
@@ -216,13 +241,17 @@ class _Attention:
             last = hold(source, "last", f"(position + {start} + {count} - 1) // {self.block}")
             with source.loop("split", f"{last} // {step} + 1"):
                 with source.loop("b", f"T.min(T.int64({step}), {last} + 1 - split * {step})"):
-                    self._prefill_block(caches, state, size, start, count, head, hold(source, "block", f"split * {step} + b"))
+                    self._prefill_block(
+                        caches, state, size, start, count, head, hold(source, "block", f"split * {step} + b")
+                    )
                 fold(source, state, whole, f"{count} * {self.rows}", dim)
                 state.reset(source, f"{count} * {self.rows}", dim)
             with source.loop("t", count):
                 self._store(f"{start} + t", head, whole.shifted(f"t * {self.rows}"))
 
-    def _prefill_block(self, caches: Caches, state: Rows, size: int, start: str, count: str, head: str, block: str) -> None:
+    def _prefill_block(
+        self, caches: Caches, state: Rows, size: int, start: str, count: str, head: str, block: str
+    ) -> None:
         """Let every token of the tile that wants ``block`` attend to it; where neighbours all do, they share register tiles."""
         source = self.source
         with source.loop("t", size):
@@ -247,7 +276,9 @@ class _Attention:
         with source.loop("u", size // self.joined):
             together = " + ".join(f"wanted[u * {self.joined} + {i}]" for i in range(self.joined))
             with source.block(f"if {together} == {self.joined}"):
-                places = [hold(source, "place", f"position + {start} + u * {self.joined} + {i}") for i in range(self.joined)]
+                places = [
+                    hold(source, "place", f"position + {start} + u * {self.joined} + {i}") for i in range(self.joined)
+                ]
                 part = state.shifted(f"u * {self.joined * self.rows}")
                 positions = [place for place in places for _ in range(self.group)]
                 scratch = ("weights", "decay")

@@ -32,7 +32,9 @@ def register_tile(isa: Isa, rows: int, vectors: Sequence[int]) -> tuple[int, tup
     if rows > most:
         # A tile that divides the rows wastes none; below half the height the loads would dominate.
         height = min(range(most, most // 2 - 1, -1), key=lambda size: (-(-rows // size) * size, -size))
-    widths = tuple(max(w for w in range(1, max(1, room // height) + 1) if count % w == 0 and w <= 4) for count in vectors)
+    widths = tuple(
+        max(w for w in range(1, max(1, room // height) + 1) if count % w == 0 and w <= 4) for count in vectors
+    )
     return height, widths
 
 
@@ -62,11 +64,15 @@ class Caches:
     @staticmethod
     def flatten(source: Source, kv: str, kv_heads: int, head_dim: int) -> None:
         """Emit flat views, which keep the index arithmetic in our hands."""
-        source.line(f'k_flat = T.decl_buffer((layers * {kv_heads} * k_panels * {head_dim * LANES},), "{kv}", data=k.data)')
+        source.line(
+            f'k_flat = T.decl_buffer((layers * {kv_heads} * k_panels * {head_dim * LANES},), "{kv}", data=k.data)'
+        )
         source.line(f'v_flat = T.decl_buffer((layers * {kv_heads} * capacity * {head_dim},), "{kv}", data=v.data)')
         if kv == "int8":
             for name in ("k_scale", "v_scale"):
-                source.line(f'{name}_flat = T.decl_buffer((layers * {kv_heads} * capacity,), "float32", data={name}.data)')
+                source.line(
+                    f'{name}_flat = T.decl_buffer((layers * {kv_heads} * capacity,), "float32", data={name}.data)'
+                )
 
     @classmethod
     def at(cls, source: Source, kv: str, kv_heads: int, head_dim: int, head: str) -> Caches:
@@ -102,21 +108,19 @@ def widened(buffer: str, start: str, dtype: str) -> str:
 
 
 def scores(
-    source: Source, rows: int, width: int, head_dim: int, keys: str, dtype: str, key_base: str, query: str, query_base: str
+    source: Source, rows: int, head_dim: int, keys: str, dtype: str, panels: Sequence[str], query: str, query_base: str
 ) -> list[list[str]]:
-    """Emit q . k for ``rows`` query rows and ``width`` panels of 16 keys; return the names of the sums [row][panel].
+    """Emit q . k for ``rows`` query rows and some panels of 16 keys; return the names of the sums [row][panel].
 
-    Panel i starts at ``key_base`` + i * 16 * head_dim of ``keys``; row r at ``query_base`` + r * head_dim of ``query``.
+    ``panels``: where each starts in ``keys``. Row r starts at ``query_base`` + r * head_dim of ``query``.
     """
-    sums = [[source.local("sum", LANES, "float32") for _ in range(width)] for _ in range(rows)]
+    sums = [[source.local("sum", LANES, "float32") for _ in panels] for _ in range(rows)]
     whole = ramp("0", LANES)
     for row in sums:
         for name in row:
             source.line(f"{name}[{whole}] = {real(0.0, LANES)}")
     with source.loop("j", head_dim):
-        columns = [
-            source.let("key", widened(keys, f"{key_base} + {i * LANES * head_dim} + j * {LANES}", dtype)) for i in range(width)
-        ]
+        columns = [source.let("key", widened(keys, f"{panel} + j * {LANES}", dtype)) for panel in panels]
         for r, row in enumerate(sums):
             q = source.let("q", splat(f"{query}[{query_base} + {r * head_dim} + j]", LANES))
             for name, column in zip(row, columns, strict=True):
@@ -154,7 +158,12 @@ class Rows:
     def shifted(self, offset: str) -> Rows:
         """Return the same buffers from ``offset`` rows on."""
         return Rows(
-            self.query, f"({self.query_row} + {offset})", self.output, self.maximum, self.weight, f"({self.row} + {offset})"
+            self.query,
+            f"({self.query_row} + {offset})",
+            self.output,
+            self.maximum,
+            self.weight,
+            f"({self.row} + {offset})",
         )
 
     def reset(self, source: Source, count: str, head_dim: int) -> None:
@@ -163,7 +172,9 @@ class Rows:
             source.line(f"{self.maximum}[{self.row} + r0] = T.float32({NOTHING})")
             source.line(f"{self.weight}[{ramp(f'({self.row} + r0) * {LANES}', LANES)}] = {real(0.0, LANES)}")
             with source.loop("c0", head_dim // LANES):
-                source.line(f"{self.output}[{ramp(f'({self.row} + r0) * {head_dim} + c0 * {LANES}', LANES)}] = {real(0.0, LANES)}")
+                source.line(
+                    f"{self.output}[{ramp(f'({self.row} + r0) * {head_dim} + c0 * {LANES}', LANES)}] = {real(0.0, LANES)}"
+                )
 
 
 def attend_block(
@@ -189,7 +200,8 @@ def attend_block(
     with source.loop("pg", panels // key_width):
         base = hold(source, "key_base", f"{caches.k_base} + ({block} * {panels} + pg * {key_width}) * {dim * LANES}")
         query_base = hold(source, "query_base", f"{state.query_row} * {dim}")
-        sums = scores(source, rows, key_width, dim, caches.k, caches.kv, base, state.query, query_base)
+        bases = [f"{base} + {i * dim * LANES}" for i in range(key_width)]
+        sums = scores(source, rows, dim, caches.k, caches.kv, bases, state.query, query_base)
         for i in range(key_width):
             scale = ""
             if caches.kv == "int8":
@@ -199,18 +211,22 @@ def attend_block(
                 at = ramp(f"{r * block_size} + (pg * {key_width} + {i}) * {LANES}", LANES)
                 source.line(f"{weights}[{at}] = {sums[r][i]}[{whole}]{scale}")
     distinct = list(dict.fromkeys(positions))
-    furthest = hold(source, "furthest", distinct[0] if len(distinct) == 1 else _largest(distinct))
-    nearest = hold(source, "nearest", distinct[0] if len(distinct) == 1 else _largest(distinct, "T.min"))
+    furthest = hold(source, "furthest", distinct[0] if len(distinct) == 1 else largest(distinct))
+    nearest = hold(source, "nearest", distinct[0] if len(distinct) == 1 else largest(distinct, "T.min"))
     with source.block(f"if {first} + {block_size - 1} > {nearest}"):
         for r, position in enumerate(positions):
-            last = source.let("last", splat(cast("int32", f"T.min({position} - {first}, T.int64({block_size}))"), LANES))
+            last = source.let(
+                "last", splat(cast("int32", f"T.min({position} - {first}, T.int64({block_size}))"), LANES)
+            )
             for i in range(panels):
                 at = f"{weights}[{ramp(str(r * block_size + i * LANES), LANES)}]"
                 lanes = f"T.Ramp(T.int32({i * LANES}), T.int32(1), {LANES})"
                 source.line(f"{at} = T.Select({lanes} <= {last}, {at}, {real(HIDDEN, LANES)})")
     with source.loop("r1", rows):
-        parts = [source.let("s", f"{weights}[{ramp(f'r1 * {block_size} + {i * LANES}', LANES)}]") for i in range(panels)]
-        peak = highest(source, source.let("peak", _largest(parts)))
+        parts = [
+            source.let("s", f"{weights}[{ramp(f'r1 * {block_size} + {i * LANES}', LANES)}]") for i in range(panels)
+        ]
+        peak = highest(source, source.let("peak", largest(parts)))
         old = source.let("old", f"{state.maximum}[{state.row} + r1]")
         new = source.let("new", f"T.max({old}, T.Shuffle([{peak}], [0]))")
         source.line(f"{decay}[r1] = {old} - {new}")
@@ -243,7 +259,9 @@ def attend_block(
                 source.line(f"{sums[r][i]}[{whole}] = {output(r, i)} * {splat(f'{decay}[{r}]', LANES)}")
         with source.loop("t", count):
             at = hold(source, "at", f"{caches.v_base} + ({first} + t) * {dim} + {column}")
-            values = [source.let("value", widened(caches.v, f"{at} + {i * LANES}", caches.kv)) for i in range(value_width)]
+            values = [
+                source.let("value", widened(caches.v, f"{at} + {i * LANES}", caches.kv)) for i in range(value_width)
+            ]
             for r in range(rows):
                 p = source.let("p", splat(f"{weights}[{r * block_size} + t]", LANES))
                 for i in range(value_width):
@@ -276,11 +294,11 @@ def fold(source: Source, part: Rows, whole: Rows, rows: str, head_dim: int) -> N
                 source.line(f"{mine} = {fma(more, take, f'{mine} * {keep}', LANES)}")
 
 
-def _largest(terms: Sequence[str], function: str = "T.max") -> str:
+def largest(terms: Sequence[str], function: str = "T.max") -> str:
     if len(terms) == 1:
         return terms[0]
     middle = len(terms) // 2
-    return f"{function}({_largest(terms[:middle], function)}, {_largest(terms[middle:], function)})"
+    return f"{function}({largest(terms[:middle], function)}, {largest(terms[middle:], function)})"
 
 
 def _tree(terms: Sequence[str]) -> str:
