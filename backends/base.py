@@ -74,3 +74,10 @@ class Executor(ABC):
     def prefill_ops(self, tokens: int, depth: int) -> int:
         """Return the multiply and add operations of a prefill of ``tokens`` after ``depth`` (attention excluded)."""
         raise UnsupportedError(f"the {type(self).__name__} does not count its operations", code="ARK-E320")
+
+    def peak_ops(self) -> float:
+        """Measure the operations per second that this executor's threads and instruction set can reach, at most.
+
+        Counted as in ``prefill_ops``, for the arithmetic that the artifact's linear layers use. Takes about a second.
+        """
+        raise UnsupportedError(f"the {type(self).__name__} does not measure its arithmetic peak", code="ARK-E320")

@@ -88,7 +88,8 @@ def _largest(logits: np.ndarray, count: int) -> np.ndarray:
         maxima = logits[: blocks * _BLOCK].reshape(blocks, _BLOCK).max(axis=1)
         candidates = np.flatnonzero(logits >= np.partition(maxima, blocks - count)[blocks - count])
     values = logits[candidates]
-    return candidates[values >= np.partition(values, values.size - count)[values.size - count]]
+    chosen: np.ndarray = candidates[values >= np.partition(values, values.size - count)[values.size - count]]
+    return chosen
 
 
 def distribution(logits: np.ndarray, options: Sampling) -> tuple[np.ndarray, np.ndarray]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from arkinfer.artifact import Artifact, Writer
 from arkinfer.backends.base import Executor, Rows, State
 from arkinfer.errors import UserError
 from arkinfer.runtime.engine import Engine
@@ -159,3 +162,48 @@ def engine_that_says(
 
 def user(content: str) -> list[dict[str, object]]:
     return [{"role": "user", "content": content}]
+
+
+ANSWER = "<think>\nHm.\n</think>\n\nIt is 4, 你好."
+
+
+def open(artifact: Artifact, threads: int | None = None, attention: str | None = None) -> ScriptedExecutor:
+    """The backend `scripted`: its artifacts say ANSWER, or what their payload/script.txt holds."""
+    tokenizer = Tokenizer.from_file(artifact.file("tokenizer.json"))
+    script = artifact.file("payload/script.txt").read_text(encoding="utf-8")
+    executor = ScriptedExecutor(reciting(tokenizer, script), tokenizer.vocab_size, artifact.manifest.context)
+    executor.threads = threads or 1
+    return executor
+
+
+def write_artifact(
+    folder: Path, script: str = ANSWER, *, template: str | None = TEMPLATE, context: int = 2048, thinking: bool = True
+) -> Path:
+    """Seal an artifact of the backend `scripted` in ``folder`` and return its path."""
+    tags = {"open": "<think>", "close": "</think>"} if thinking else None
+    generation = {"bos_id": BOS, "eos_ids": [END], "pad_id": None, "add_bos": False, "thinking": tags}
+    fields = {
+        "name": "scripted",
+        "arkinfer": "0.1.0",
+        "target": {"name": "cpu"},
+        "backend": "scripted",
+        "model": {"family": "minicpm", "parameters": 12_345_678},
+        "weights": "int4",
+        "activations": "int8",
+        "kv": "fp16",
+        "attention": "auto",
+        "context": context,
+        "graph_digest": "0" * 64,
+        "toolchain": {"scriptkit": "1.2"},
+        "limits": {},
+        "parity": {"passed": True, "mean_kl": 1.1e-7, "top1": 1.0, "positions": 2048, "suite": "fast"},
+        "provenance": {"model": "scripted-model", "notes": ["scale_depth absent, took 1.4"]},
+    }
+    with Writer(folder / "scripted.ark", force=True) as writer:
+        byte_tokenizer().save(str(writer.path("tokenizer.json")))
+        writer.path("generation.json").write_text(json.dumps(generation), encoding="utf-8")
+        writer.path("payload/script.txt").write_text(script, encoding="utf-8")
+        writer.path("payload/graph.txt").write_text("%0 = embedding(tokens)\n", encoding="utf-8")
+        if template is not None:
+            writer.path("template.jinja").write_text(template, encoding="utf-8")
+        return writer.seal(fields).path

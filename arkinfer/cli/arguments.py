@@ -1,0 +1,111 @@
+"""Options that several commands share, so that they are spelled and explained alike."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+    from arkinfer.artifact import Artifact
+
+Function = TypeVar("Function", bound=Callable[..., object])
+ATTENTION = click.Choice(["auto", "dense", "sparse"])
+SUITES = click.Choice(["fast", "full"])
+
+
+def complete_targets(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Complete the names of targets, and files."""
+    from click.shell_completion import CompletionItem
+
+    from arkinfer.targets import names
+
+    found = [CompletionItem(name) for name in names() if name.startswith(incomplete)]
+    return found or [CompletionItem(incomplete, type="file")]
+
+
+def complete_models(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Complete the names of bundled models, and folders."""
+    from pathlib import Path
+
+    from click.shell_completion import CompletionItem
+
+    import arkinfer
+
+    bundled = Path(arkinfer.__file__).parent / "bundled"
+    names = sorted(entry.name for entry in bundled.iterdir() if entry.is_dir()) if bundled.is_dir() else []
+    found = [CompletionItem(name) for name in names if name.startswith(incomplete) and not name.startswith("_")]
+    return [*found, CompletionItem(incomplete, type="dir")]
+
+
+def artifact_option(function: Function) -> Function:
+    """Add ``--artifact``; the artifact may also be the bare argument."""
+    return click.option(
+        "--artifact",
+        "named",
+        type=click.Path(),
+        metavar="OUT.ark",
+        help="The artifact; also accepted as a bare argument.",
+    )(function)
+
+
+def json_option(function: Function) -> Function:
+    """Add ``--json``."""
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(function)
+
+
+def engine_options(function: Function) -> Function:
+    """Add ``--threads`` and ``--attention``."""
+    function = click.option(
+        "--attention", type=ATTENTION, help="Which attention to use.  [default: what the artifact was built for]"
+    )(function)
+    return click.option(
+        "--threads",
+        type=click.IntRange(1),
+        envvar="ARKINFER_THREADS",
+        help="Worker threads; also ARKINFER_THREADS.  [default: every core]",
+    )(function)
+
+
+def one_artifact(named: str | None, bare: tuple[str, ...] | str | None) -> str:
+    """Return the artifact that was named one way or the other. Raises UsageError unless it was exactly one."""
+    given = [*([named] if named else []), *((bare,) if isinstance(bare, str) else bare or ())]
+    if len(given) != 1:
+        what = "Missing the artifact." if not given else f"One artifact, please, not {len(given)}: {', '.join(given)}."
+        raise click.UsageError(f"{what} For example: --artifact out.ark")
+    return given[0]
+
+
+def print_json(value: object) -> None:
+    """Write ``value`` to stdout."""
+    click.echo(json.dumps(value, ensure_ascii=False, indent=1))
+
+
+def parity_sentence(artifact: Artifact) -> str:
+    """Return what is known of the artifact's faithfulness, for people."""
+    parity = artifact.manifest.parity
+    if parity is None:
+        return f"unverified: nobody has compared it with the reference (arkinfer verify {artifact.path.name})"
+    verdict = "verified" if parity.get("passed") else "FAILED verification"
+    return (
+        f"{verdict}: mean KL {parity.get('mean_kl', float('nan')):.1e}, "
+        f"top-1 {100 * parity.get('top1', float('nan')):.2f} % over {parity.get('positions')} positions"
+    )
+
+
+def size(nbytes: float) -> str:
+    """Return a number of bytes for people."""
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while nbytes >= 1000 and len(units) > 1:
+        nbytes /= 1000
+        del units[0]
+    return f"{nbytes:.0f} {units[0]}" if units[0] == "B" or nbytes >= 100 else f"{nbytes:.1f} {units[0]}"
+
+
+def artifact_size(artifact: Artifact) -> int:
+    """Return the bytes of all files of the artifact."""
+    return sum(entry.size for entry in artifact.manifest.files.values())

@@ -1,0 +1,85 @@
+"""`arkinfer build`."""
+
+from __future__ import annotations
+
+import click
+
+from arkinfer.cli import arguments
+from arkinfer.cli.progress import Progress
+
+
+@click.command()
+@click.argument("model", shell_complete=arguments.complete_models)
+@click.option(
+    "--target", default="cpu", show_default=True, metavar="NAME|FILE.yaml", shell_complete=arguments.complete_targets
+)
+@click.option("-o", "--out", type=click.Path(), metavar="OUT.ark", help="[default: MODEL-TARGET.ark]")
+@click.option(
+    "--weights",
+    type=click.Choice(["auto", "fp32", "fp16", "int8", "int4", "ternary"]),
+    default="auto",
+    show_default=True,
+    help="How weights are stored; auto keeps quantised and ternary checkpoints as they are.",
+)
+@click.option(
+    "--kv", type=click.Choice(["fp32", "fp16", "int8"]), help="Type of the KV cache.  [default: the target's]"
+)
+@click.option("--attention", type=arguments.ATTENTION, default="auto", show_default=True)
+@click.option("--context", type=click.IntRange(1), help="Most tokens of a conversation.  [default: the model's limit]")
+@click.option("--verify", type=click.Choice(["fast", "full", "none"]), default="fast", show_default=True)
+@click.option("--force", is_flag=True, help="Replace an artifact that is there already.")
+@arguments.json_option
+def command(
+    model: str,
+    target: str,
+    out: str | None,
+    weights: str,
+    kv: str | None,
+    attention: str,
+    context: int | None,
+    verify: str,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Compile MODEL, a checkpoint folder or a bundled model, for a target into an artifact.
+
+    Ends with a comparison of the artifact with the reference; an artifact that differs is not kept.
+    """
+    from arkinfer import pipeline
+
+    with Progress() as progress:
+        artifact = pipeline.build(
+            model,
+            target,
+            out=out,
+            weights=weights,
+            kv=kv,
+            attention=attention,
+            context=context,
+            verify=verify,
+            force=force,
+            progress=progress,
+        )
+    manifest, total = artifact.manifest, arguments.artifact_size(artifact)
+    if as_json:
+        arguments.print_json(
+            {
+                "artifact": str(artifact.path),
+                "digest": manifest.digest,
+                "bytes": total,
+                "target": manifest.target.get("name"),
+                "backend": manifest.backend,
+                "weights": manifest.weights,
+                "kv": manifest.kv,
+                "attention": manifest.attention,
+                "context": manifest.context,
+                "parity": manifest.parity,
+            }
+        )
+        return
+    click.echo(f"{artifact.path}  {arguments.size(total)}")
+    click.echo(
+        f"  weights {manifest.weights}, kv {manifest.kv}, attention {manifest.attention}, "
+        f"context {manifest.context:,}, target {manifest.target.get('name')}"
+    )
+    click.echo(f"  {arguments.parity_sentence(artifact)}")

@@ -1,0 +1,207 @@
+"""`arkinfer doctor`."""
+
+from __future__ import annotations
+
+import importlib.util
+import operator
+import platform
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from arkinfer.cli import arguments
+
+if TYPE_CHECKING:
+    from arkinfer.targets import Target
+
+UNSUPPORTED = 3
+PYTHON = ((3, 11), (3, 14))  # from, below: as setup.cfg declares
+SPARE_MEMORY = 1 << 30  # bytes; the bundled models and the compiler fit
+
+# Package -> what needs it. What a device lacks to build does not keep it from running.
+PACKAGES: Mapping[str, str] = {
+    "numpy": "run",
+    "click": "run",
+    "PyYAML": "run",
+    "tokenizers": "run",
+    "minijinja": "run",
+    "apache-tvm": "run",
+    "apache-tvm-ffi": "run",
+    "torch": "build",
+    "ziglang": "build",
+}
+_EXTRAS = {"run": "pip install 'arkinfer[runtime,tvm]'", "build": "pip install 'arkinfer[build]'"}
+_COMPARE: Mapping[str, Callable[[tuple[int, ...], tuple[int, ...]], bool]] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at. ``needed_for``: run, build, or "" for facts that nothing depends on."""
+
+    name: str
+    value: str
+    verdict: Literal["ok", "warning", "missing"]
+    needed_for: str = ""
+    fix: str = ""
+
+
+@click.command()
+@click.option("--target", metavar="NAME|FILE.yaml", default="cpu", shell_complete=arguments.complete_targets)
+@arguments.json_option
+@click.pass_context
+def command(context: click.Context, target: str, as_json: bool) -> None:
+    """Check this machine: can it build for a target, can it run the result, and if not, what would help?
+
+    Exit status 3 says that it can do neither.
+    """
+    from arkinfer import targets
+
+    chosen = targets.load(target)
+    findings = [*_system(), *_packages(chosen), *_tools(), *_target(chosen)]
+    lacking = {item.needed_for for item in findings if item.verdict == "missing"}
+    abilities = {"run": "run" not in lacking, "build": not lacking & {"build", "run"}}
+    if "target" in lacking:  # the compiler is not bound to this machine's processor, the result is
+        abilities["run"] = False
+    if "exporter" in lacking:
+        abilities["build"] = False
+    if as_json:
+        arguments.print_json({"target": chosen.name, **abilities, "findings": [asdict(item) for item in findings]})
+    else:
+        _show(findings, abilities, chosen.name)
+    context.exit(0 if any(abilities.values()) else UNSUPPORTED)
+
+
+def _system() -> list[Finding]:
+    from arkinfer.targets import probe
+
+    machine = probe.machine()
+    low, high = PYTHON
+    fits = low <= sys.version_info[:2] < high
+    known = bool(machine.levels)
+    spare = machine.available >= SPARE_MEMORY
+    return [
+        Finding(
+            "python",
+            platform.python_version(),
+            "ok" if fits else "missing",
+            "run",
+            "" if fits else f"use Python {low[0]}.{low[1]} to {high[0]}.{high[1] - 1}",
+        ),
+        Finding("system", f"{platform.system()} {machine.architecture}", "ok"),
+        Finding("processor", f"{machine.processor}, {machine.cores} cores", "ok"),
+        Finding(
+            "instruction set",
+            ", ".join(machine.levels) or "none that arkinfer knows",
+            "ok" if known else "warning",
+            "",
+            "" if known else "build here, and run on a machine that a target names: arkinfer targets",
+        ),
+        Finding(
+            "memory",
+            f"{arguments.size(machine.memory)}, {arguments.size(min(machine.available, machine.memory))} free",
+            "ok" if spare else "warning",
+            "",
+            "" if spare else "close other programs before a build",
+        ),
+    ]
+
+
+def _packages(target: Target) -> list[Finding]:
+    findings = []
+    for name, purpose in PACKAGES.items():
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            findings.append(Finding(name, "not installed", "missing", purpose, _EXTRAS[purpose]))
+            continue
+        wanted = target.toolchain.get(name, "")
+        if wanted and not _within(version, wanted):
+            fix = f"pip install '{name}{wanted}'"
+            findings.append(Finding(name, f"{version}, but the target wants {wanted}", "missing", purpose, fix))
+        else:
+            findings.append(Finding(name, version, "ok", purpose))
+    return findings
+
+
+def _within(version: str, wanted: str) -> bool:
+    """Return whether ``version`` satisfies every part of a range such as ">=10.3,<10.8"."""
+    for part in wanted.split(","):
+        match = re.fullmatch(r"\s*(==|!=|>=|<=|>|<)\s*([0-9][\w.+!-]*)\s*", part)
+        if match and not _COMPARE[match[1]](_numbers(version), _numbers(match[2])):
+            return False
+    return True
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(digits) for digits in re.findall(r"\d+", version.partition("+")[0]))
+
+
+def _tools() -> list[Finding]:
+    linker = importlib.util.find_spec("ziglang") is not None
+    package = importlib.util.find_spec("tvm")
+    roots = list(package.submodule_search_locations or ()) if package is not None else []
+    library = next((file for root in roots for file in Path(root).glob("**/libtvm_runtime.*")), None)
+    return [
+        Finding(
+            "linker",
+            "ld.lld of ziglang" if linker else "none",
+            "ok" if linker else "missing",
+            "build",
+            "" if linker else _EXTRAS["build"],
+        ),
+        Finding(
+            "tvm runtime",
+            library.name if library else "none",
+            "ok" if library else "missing",
+            "run",
+            "" if library else _EXTRAS["run"],
+        ),
+    ]
+
+
+def _target(target: Target) -> list[Finding]:
+    from arkinfer import exporters
+    from arkinfer.targets import probe
+
+    level = probe.level_for(target)
+    exporter = target.backend in exporters.EXPORTERS
+    return [
+        Finding(
+            f"target {target.name}",
+            f"this machine runs its {level} code" if level else f"made for {', '.join(target.arch)}",
+            "ok" if level else "missing",
+            "target",
+            "" if level else "build here and run the artifact on such a machine",
+        ),
+        Finding(
+            f"exporter {target.backend}",
+            "present" if exporter else "not in this version of arkinfer",
+            "ok" if exporter else "missing",
+            "exporter",
+            "" if exporter else "choose another target: arkinfer targets",
+        ),
+    ]
+
+
+def _show(findings: list[Finding], abilities: Mapping[str, bool], target: str) -> None:
+    width = max(len(item.name) for item in findings)
+    for item in findings:
+        click.echo(f"{item.verdict:<8} {item.name:<{width}}  {item.value}")
+        if item.fix:
+            click.echo(f"{'':<8} {'':<{width}}  try  {item.fix}")
+    click.echo()
+    for name, able in abilities.items():
+        click.echo(f"{name:<6} {'yes' if able else 'no'}  ({target})")

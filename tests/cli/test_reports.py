@@ -1,0 +1,138 @@
+"""inspect, targets, doctor, completion, and the front door itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import arkinfer as package
+from arkinfer.cli import COMMANDS
+from arkinfer.cli.progress import Progress
+from tests.cli.conftest import Arkinfer
+
+ROOT = Path(package.__file__).resolve().parent.parent
+
+
+def shell(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "arkinfer", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_help_names_every_command(arkinfer: Arkinfer) -> None:
+    done = arkinfer("--help")
+    assert done.status == 0 and all(f"  {name} " in done.out for name in COMMANDS)
+    assert arkinfer("-h").out == done.out
+    assert arkinfer("--version").out == f"arkinfer {package.__version__}\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(arkinfer: Arkinfer, name: str) -> None:
+    done = arkinfer(name, "--help")
+    assert done.status == 0 and done.out.startswith(f"Usage: arkinfer {name}")
+
+
+def test_a_misspelt_command_finds_its_neighbour(arkinfer: Arkinfer) -> None:
+    done = arkinfer("bild")
+    assert done.status == 2 and "did you mean `build`?" in done.err
+
+
+def test_an_option_that_does_not_exist(arkinfer: Arkinfer) -> None:
+    done = arkinfer("build", "x", "--weight", "int4")
+    assert done.status == 2 and "--weights" in done.err
+
+
+def test_inspect_an_artifact(arkinfer: Arkinfer, ark: str) -> None:
+    out = arkinfer("inspect", ark).out
+    for words in ("scripted-model", "12,345,678", "weights        int4", "verified", "payload/graph.txt", "took 1.4"):
+        assert words in out
+    facts = json.loads(arkinfer("inspect", "--artifact", ark, "--json").out)
+    assert facts["weights"] == "int4" and "sha256" in facts["files"]["tokenizer.json"]
+    assert arkinfer("inspect", ark, "--graph").out == "%0 = embedding(tokens)\n"
+
+
+def test_targets(arkinfer: Arkinfer, tmp_path: Path) -> None:
+    assert "cpu" in arkinfer("targets").out
+    listed = json.loads(arkinfer("targets", "--json").out)
+    assert "cpu" in [target["name"] for target in listed]
+    one = json.loads(arkinfer("targets", "cpu", "--json").out)
+    assert one["backend"] == "tvm" and one["can_build"] is True
+    done = arkinfer("targets", "gpu")
+    assert done.status == 1 and "cpu" in done.err
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("name: mine\nextends: cpu\nbackend: abacus\n")
+    done = arkinfer("targets", str(mine))
+    assert "can_build      no" in done.out, done.err
+
+
+def test_doctor_judges_this_machine(arkinfer: Arkinfer) -> None:
+    report = json.loads(arkinfer("doctor", "--json").out)
+    names = {finding["name"]: finding for finding in report["findings"]}
+    assert {"python", "processor", "memory", "numpy", "linker", "target cpu"} <= set(names)
+    assert names["numpy"]["verdict"] == "ok" and report["run"] in (True, False)
+
+
+def test_doctor_names_the_fix(arkinfer: Arkinfer, monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib import metadata
+
+    real = metadata.version
+
+    def version(name: str) -> str:
+        if name == "torch":
+            raise metadata.PackageNotFoundError(name)
+        return "0.1" if name == "apache-tvm" else real(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    done = arkinfer("doctor")
+    assert "pip install 'arkinfer[build]'" in done.out
+    assert "0.1, but the target wants ==0.27.0.post1" in done.out
+    assert done.status == 3 and "run    no" in done.out
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("bash", "complete -o"), ("zsh", "#compdef arkinfer"), ("fish", "function")]
+)
+def test_completion_scripts(arkinfer: Arkinfer, name: str, words: str) -> None:
+    done = arkinfer("completion", name)
+    assert done.status == 0 and words in done.out and "_ARKINFER_COMPLETE" in done.out
+
+
+def test_the_shell_completes_targets_and_commands() -> None:
+    words = {"COMP_WORDS": "arkinfer build x --target c", "COMP_CWORD": "4", "_ARKINFER_COMPLETE": "bash_complete"}
+    assert "plain,cpu" in shell(**words).stdout
+    words = {"COMP_WORDS": "arkinfer ver", "COMP_CWORD": "1", "_ARKINFER_COMPLETE": "bash_complete"}
+    assert "plain,verify" in shell(**words).stdout
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m arkinfer doctor | true", shell=True, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stderr == ""
+
+
+def test_progress_is_for_terminals(capsys: pytest.CaptureFixture[str]) -> None:
+    import io
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen, file = Terminal(), io.StringIO()
+    for stream in (screen, file):
+        with Progress(stream) as progress:
+            for done in range(11):
+                progress("weights", done, 10)
+            progress("verify", 0, 1)
+    assert file.getvalue() == ""
+    assert "weights" in screen.getvalue() and "10/10" in screen.getvalue() and screen.getvalue().endswith("\n")
