@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import arkinfer as package
+from arkinfer import exporters
 from arkinfer.cli import COMMANDS
 from arkinfer.cli.progress import Progress
 from tests.cli.conftest import Arkinfer
@@ -61,7 +62,7 @@ def test_inspect_an_artifact(arkinfer: Arkinfer, ark: str) -> None:
     assert arkinfer("inspect", ark, "--graph").out == "%0 = embedding(tokens)\n"
 
 
-def test_targets(arkinfer: Arkinfer, tmp_path: Path) -> None:
+def test_targets(arkinfer: Arkinfer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "cpu" in arkinfer("targets").out
     listed = json.loads(arkinfer("targets", "--json").out)
     assert "cpu" in [target["name"] for target in listed]
@@ -70,7 +71,8 @@ def test_targets(arkinfer: Arkinfer, tmp_path: Path) -> None:
     done = arkinfer("targets", "gpu")
     assert done.status == 1 and "cpu" in done.err
     mine = tmp_path / "mine.yaml"
-    mine.write_text("name: mine\nextends: cpu\nbackend: abacus\n")
+    mine.write_text("name: mine\nextends: cpu\n")
+    monkeypatch.delitem(exporters.EXPORTERS, "tvm")
     done = arkinfer("targets", str(mine))
     assert "can_build      no" in done.out, done.err
 
