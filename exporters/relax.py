@@ -99,7 +99,8 @@ class _Emitter:
     def _function(self, call: Call, tokens: str) -> Any:
         key = json.dumps([call.kernel, call.options, tokens], sort_keys=True)
         if key not in self.functions:
-            kernel = tir.build(call.kernel, self.isa, tokens, call.options)
+            # Variants share a name; without one they are private, and the builder numbers them.
+            kernel = tir.build(call.kernel, self.isa, tokens, call.options).without_attr("global_symbol")
             self.functions[key] = self.builder.add_func(kernel, call.kernel)
         return self.functions[key]
 
