@@ -18,7 +18,7 @@ from arkinfer.artifact import Artifact
 from arkinfer.backends.base import Executor
 from arkinfer.errors import UnsupportedError, UserError
 from arkinfer.runtime.options import Generation, Message, Options, Prompt, Request, resolve
-from arkinfer.runtime.reasoning import ReasoningSplitter, switch, switched
+from arkinfer.runtime.reasoning import ReasoningSplitter, switch, with_switch, without_switches
 from arkinfer.runtime.result import Result
 from arkinfer.runtime.session import Session
 from arkinfer.runtime.stream import Stream
@@ -241,12 +241,12 @@ class Engine:
             return self.template.render(messages)
         asked = switch(messages)
         wanted = asked if thinking is None else thinking
+        if self.template.switchable:
+            # The template has a switch of its own: the words have done their work and the model need not see them.
+            return self.template.render(without_switches(messages), thinking=wanted)
         if wanted is None:
             return self.template.render(messages)
-        if self.template.switchable:
-            # The template has a switch of its own: the word has done its work and the model need not see it.
-            return self.template.render(switched(messages, ""), thinking=wanted)
-        return self.template.render(switched(messages, "/think" if wanted else "/no_think"))
+        return self.template.render(with_switch(messages, "/think" if wanted else "/no_think"))
 
 
 def load(path: str | Path, threads: int | None = None, attention: str | None = None) -> Engine:
@@ -268,6 +268,6 @@ def open_engine(artifact: Artifact, threads: int | None = None, attention: str |
         eos = min(generation.eos_ids, default=None)
         named = {"bos_token": generation.bos_id, "eos_token": eos, "pad_token": generation.pad_id}
         spelled = {name: tokenizer.token(index) for name, index in named.items()}
-        source = artifact.file("template.jinja").read_text(encoding="utf-8")
-        template = ChatTemplate(source, {name: text for name, text in spelled.items() if text is not None})
+        tokens = {name: text for name, text in spelled.items() if text is not None} | dict(generation.tokens)
+        template = ChatTemplate(artifact.file("template.jinja").read_text(encoding="utf-8"), tokens)
     return Engine(backends.open(artifact, threads, attention), tokenizer, generation, template)

@@ -52,7 +52,10 @@ class Thinking:
 
 @dataclass(frozen=True)
 class Generation:
-    """An artifact's ``generation.json``: special ids and the sampling that its makers recommend."""
+    """An artifact's ``generation.json``: special ids and the sampling that its makers recommend.
+
+    ``tokens`` are spellings for the template (``eos_token``: ...); what it lacks is spelled from the ids.
+    """
 
     bos_id: int | None = None
     eos_ids: frozenset[int] = frozenset()
@@ -62,6 +65,7 @@ class Generation:
     top_p: float = 1.0
     top_k: int = 0
     thinking: Thinking | None = None
+    tokens: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_file(cls, path: Path) -> Generation:

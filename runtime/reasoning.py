@@ -82,29 +82,35 @@ class ReasoningSplitter:
         return False
 
 
-def _last_user(messages: Sequence[Mapping[str, object]]) -> tuple[int, list[str]]:
-    """Return the index of the last user message and the words of its text; -1 if there is none or it is not text."""
-    users = [index for index, message in enumerate(messages) if message.get("role") == "user"]
-    content = messages[users[-1]].get("content") if users else None
-    return (users[-1], content.split()) if isinstance(content, str) else (-1, [])
+def _switch_of(message: Mapping[str, object]) -> tuple[str, str]:
+    """Return a user message's text without the switch that ends it, and the switch; "" where there is none."""
+    content = message.get("content")
+    if message.get("role") != "user" or not isinstance(content, str):
+        return "", ""
+    word = (content.split() or [""])[-1]
+    return (content.rstrip()[: -len(word)].rstrip(), word) if word in SWITCHES else (content, "")
 
 
 def switch(messages: Sequence[Mapping[str, object]]) -> bool | None:
     """Return what a ``/think`` or ``/no_think`` at the end of the last user message asks for, or None."""
-    _, words = _last_user(messages)
-    return SWITCHES.get(words[-1]) if words else None
+    last = next((message for message in reversed(messages) if message.get("role") == "user"), {})
+    return SWITCHES.get(_switch_of(last)[1])
 
 
-def switched(messages: Sequence[Mapping[str, object]], word: str) -> list[Mapping[str, object]]:
-    """Return ``messages`` with the switch that ends the last user message, present or not, set to ``word``."""
+def without_switches(messages: Sequence[Mapping[str, object]]) -> list[Mapping[str, object]]:
+    """Return ``messages`` without the switches at the ends of user messages."""
+    return [
+        {**message, "content": text} if word else message
+        for message in messages
+        for text, word in [_switch_of(message)]
+    ]
+
+
+def with_switch(messages: Sequence[Mapping[str, object]], word: str) -> list[Mapping[str, object]]:
+    """Return ``messages`` with the last user message's switch, present or not, set to ``word``."""
     result = list(messages)
-    index, words = _last_user(messages)
-    if index < 0:
-        return result
-    body = str(messages[index]["content"])
-    if words and words[-1] in SWITCHES:
-        body = body.rstrip()[: -len(words[-1])].rstrip()
-    elif not word:
-        return result
-    result[index] = {**messages[index], "content": f"{body} {word}".strip() if word else body}
+    users = [index for index, message in enumerate(messages) if message.get("role") == "user"]
+    if users and isinstance(messages[users[-1]].get("content"), str):
+        message = messages[users[-1]]
+        result[users[-1]] = {**message, "content": f"{_switch_of(message)[0]} {word}".strip()}
     return result

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arkinfer.errors import UserError
-from arkinfer.runtime.reasoning import ReasoningSplitter, switch, switched
+from arkinfer.runtime.reasoning import ReasoningSplitter, switch, with_switch, without_switches
 from tests.runtime.scripted import TEMPLATE, engine_that_says, user
 
 
@@ -103,21 +103,33 @@ def test_a_template_that_opens_the_block_itself() -> None:
         ("x /think", True, "x"),
         ("x\n/no_think ", False, "x"),
         ("/no_think", False, ""),
-        ("x", None, "x"),
+        ("x ", None, "x "),
         ("do/think", None, "do/think"),
         ("", None, ""),
     ],
 )
 def test_switch_words(content: str, expected: bool | None, body: str) -> None:
     assert switch(user(content)) is expected
-    assert switched(user(content), "")[0]["content"] == body
+    assert without_switches(user(content)) == user(body)
 
 
 def test_only_the_last_user_message_counts() -> None:
-    messages = [*user("a /no_think"), {"role": "assistant", "content": "b"}, *user("c")]
+    messages = [*user("a /no_think"), {"role": "assistant", "content": "b /think"}, *user("c")]
     assert switch(messages) is None
-    assert switched(messages, "/no_think")[-1]["content"] == "c /no_think"
+    assert [message["content"] for message in without_switches(messages)] == ["a", "b /think", "c"]
+    assert [message["content"] for message in with_switch(messages, "/think")] == [
+        "a /no_think",
+        "b /think",
+        "c /think",
+    ]
     assert messages[-1]["content"] == "c"
+
+
+def test_a_switch_in_an_earlier_turn_does_not_cost_the_context() -> None:
+    engine = engine_that_says("yes")
+    session = engine.session()
+    session.chat("A question of some length? /think")
+    assert session.chat("And?").usage.cached_tokens >= len("A question of some length?")
 
 
 def test_a_model_without_thinking_says_so() -> None:
