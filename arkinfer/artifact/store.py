@@ -152,7 +152,9 @@ class Writer:
         digests = _digests(places.values())
         files = {name: FileEntry(place.stat().st_size, digests[place]) for name, place in places.items()}
         sealed = Manifest.create(fields, files)
+        readable = staging.stat().st_mode & 0o666  # the user's umask; files made through tempfile ignore it
         for place in places.values():
+            place.chmod(readable)
             _sync(place)
         with open(staging / manifests.NAME, "xb") as stream:
             stream.write(sealed.canonical())

@@ -51,6 +51,15 @@ def test_the_folder_gets_ordinary_permissions(artifact: Artifact) -> None:
     assert stat.S_IMODE(artifact.path.stat().st_mode) == 0o777 & ~mask
 
 
+def test_files_get_ordinary_permissions(tmp_path: Path) -> None:
+    with Writer(tmp_path / "a.ark") as writer:
+        place = writer.path("weights.safetensors")
+        place.touch(mode=0o600)
+        artifact = writer.seal(samples.fields())
+    folder, file = artifact.path.stat().st_mode, artifact.file("weights.safetensors").stat().st_mode
+    assert stat.S_IMODE(file) == stat.S_IMODE(folder) & 0o666
+
+
 def test_opens_through_a_link_to_the_folder(artifact: Artifact, tmp_path: Path) -> None:
     (tmp_path / "link.ark").symlink_to(artifact.path)
     assert Artifact.open(tmp_path / "link.ark").path == artifact.path
