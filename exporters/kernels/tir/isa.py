@@ -11,17 +11,15 @@ from arkinfer.exporters.kernels.tir.source import add, bits, intrinsic, splat
 
 @dataclass(frozen=True)
 class Isa:
-    """One instruction set level.
+    """One instruction set level; ``targets.probe`` knows by the same names which of them a machine has.
 
-    ``lanes`` is the number of float32 in a vector register; 16 rows of a panel take ``parts`` registers. ``features``
-    are the names by which targets.probe reports what a machine has; all are needed. ``tokens_int8`` and
-    ``tokens_float`` say how many tokens, and ``panels_int8`` and ``panels_float`` how many panels, of a matrix product
-    fit into the registers.
+    ``lanes`` is the number of float32 in a vector register; 16 rows of a panel take ``parts`` registers. ``tokens_int8``
+    and ``tokens_float`` say how many tokens, and ``panels_int8`` and ``panels_float`` how many panels, of a matrix
+    product fit into the registers.
     """
 
     name: str
     target: Mapping[str, Any]
-    features: tuple[str, ...]
     lanes: int
     product: str  # "vnni", "maddubs" or "sdot"
     tokens_int8: int
@@ -89,7 +87,6 @@ class Isa:
 X86_64_V3 = Isa(
     name="x86-64-v3",
     target={"kind": "llvm", "mcpu": "x86-64-v3"},
-    features=("avx2", "fma", "f16c"),
     lanes=8,
     product="maddubs",
     tokens_int8=4,
@@ -100,7 +97,6 @@ X86_64_V3 = Isa(
 X86_64_V4_VNNI = Isa(
     name="x86-64-v4-vnni",
     target={"kind": "llvm", "mcpu": "x86-64-v4", "mattr": ["+avx512vnni"]},
-    features=("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"),
     lanes=16,
     product="vnni",
     tokens_int8=6,
@@ -111,7 +107,6 @@ X86_64_V4_VNNI = Isa(
 AARCH64_DOTPROD = Isa(
     name="aarch64-dotprod",
     target={"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": "cortex-a76", "mattr": ["+dotprod", "+fullfp16"]},
-    features=("asimd", "asimddp"),
     lanes=4,
     product="sdot",
     tokens_int8=4,

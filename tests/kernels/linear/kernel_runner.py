@@ -1,0 +1,48 @@
+"""Compile kernels in process and run them on numpy arrays."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tvm
+
+from arkinfer.exporters.kernels.tir.isa import ISAS, Isa
+from arkinfer.targets.probe import isa_levels
+
+RUNNABLE = [name for name in ISAS if name in isa_levels()]
+
+
+@functools.cache
+def _compiled(builder: Callable[..., Any], isa: str, tokens: str, options: str) -> Any:
+    kernel = builder(ISAS[isa], tokens, **json.loads(options)).with_attr("global_symbol", "main")
+    return tvm.compile(tvm.IRModule({"main": kernel}), target=tvm.target.Target(dict(ISAS[isa].target)))
+
+
+def compiled(builder: Callable[..., Any], isa: Isa, tokens: str, options: Mapping[str, Any]) -> Any:
+    """Return the compiled module of ``builder(isa, tokens, **options)``, its function named main."""
+    return _compiled(builder, isa.name, tokens, json.dumps(options, sort_keys=True))
+
+
+def aligned(array: np.ndarray) -> Any:
+    """Return a tvm tensor with the contents of ``array``; tvm aligns it to 64 bytes."""
+    tensor = tvm.runtime.empty(array.shape, str(array.dtype))
+    tensor.copyfrom(np.ascontiguousarray(array))
+    return tensor
+
+
+def run(
+    builder: Callable[..., Any],
+    isa: str,
+    tokens: str,
+    options: Mapping[str, Any],
+    inputs: Sequence[np.ndarray],
+    outputs: Sequence[tuple[tuple[int, ...], str]],
+) -> list[np.ndarray]:
+    """Run a kernel and return its outputs, which start out as garbage."""
+    made = [aligned(np.full(shape, 77, dtype)) for shape, dtype in outputs]
+    compiled(builder, ISAS[isa], tokens, options)["main"](*map(aligned, inputs), *made)
+    return [tensor.numpy() for tensor in made]

@@ -1,0 +1,124 @@
+"""Products with int8 activations: exact in integers, close in floats, the same bits in every form."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tvm_ffi
+
+from arkinfer.errors import UserError
+from arkinfer.exporters.kernels.tir.isa import AARCH64_DOTPROD
+from arkinfer.exporters.kernels.tir.linear_int8 import linear_int8
+from tests.kernels.linear.kernel_runner import RUNNABLE, compiled, run
+from tests.kernels.linear.samples import Case, activations, sample
+
+CASES = [
+    Case("ternary", 64, 192, 37),
+    Case("ternary", 16, 64, 16, scales="bfloat16"),
+    Case("ternary", 24, 72, 33),
+    Case("ternary", 0, 50, 20),
+    Case("ternary", 512, 1024, 35, scales="float32"),
+    Case("ternary", 64, 128, 70, gated=True),
+    Case("int4", 64, 128, 40, zeros=True),
+    Case("int4", 8, 64, 19),
+    Case("int4", 128, 384, 32, bias=True, scales="bfloat16"),
+    Case("int4", 40, 120, 50, zeros=True, bias=True),
+    Case("int8", 128, 256, 45),
+    Case("int8", 64, 64, 17, bias=True),
+    Case("int8", 0, 96, 64, gated=True),
+    Case("int8", 8, 24, 5, scales="float32"),
+]
+
+
+def product(case: Case, isa: str, tokens: int, form: str = "many", unit_scales: bool = False) -> np.ndarray:
+    _, x = activations(case, tokens, unit_scales=unit_scales)
+    weight = sample(case, unit_scales=unit_scales)
+    outputs = [((tokens, case.columns), "float32")]
+    return run(linear_int8, isa, form, case.options, [*x, *weight.packed], outputs)[0]
+
+
+def expected(case: Case, tokens: int, unit_scales: bool = False) -> np.ndarray:
+    """The definition of arkinfer.ops.linear in float64."""
+    codes, (_, scales, _) = activations(case, tokens, unit_scales=unit_scales)
+    weight = sample(case, unit_scales=unit_scales)
+    x = codes * np.repeat(scales.astype(np.float64), case.width // scales.shape[1], axis=1)
+    y = x @ weight.dequantised().T + (weight.bias if case.bias else 0)
+    if not case.gated:
+        return y
+    gate, up = np.split(y, 2, axis=1)
+    return gate / (1 + np.exp(-gate)) * up
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("isa", RUNNABLE)
+def test_close_to_the_definition_in_every_form(isa: str, case: Case) -> None:
+    y = product(case, isa, 17)
+    wanted = expected(case, 17)
+    np.testing.assert_allclose(y, wanted, rtol=2e-5, atol=2e-6 * np.abs(wanted).max())
+    codes, x = activations(case, 17)
+    weight = sample(case)
+    for row in range(17):
+        alone = [part[row : row + 1] for part in x]
+        one = run(linear_int8, isa, "one", case.options, [*alone, *weight.packed], [((1, case.columns), "float32")])[0]
+        np.testing.assert_array_equal(one[0], y[row])
+    for count in (1, 2, 3, 5, 7):
+        some = [part[:count] for part in x]
+        outputs = [((count, case.columns), "float32")]
+        few = run(linear_int8, isa, "many", case.options, [*some, *weight.packed], outputs)[0]
+        np.testing.assert_array_equal(few, y[:count])
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.gated and not case.bias], ids=str)
+@pytest.mark.parametrize("isa", RUNNABLE)
+def test_integers_are_exact(isa: str, case: Case) -> None:
+    codes, _ = activations(case, 17)
+    exact = codes @ sample(case).integers.T
+    assert np.abs(exact).max() < 2**24
+    np.testing.assert_array_equal(product(case, isa, 17, unit_scales=True), exact.astype(np.float32))
+
+
+@pytest.mark.parametrize("isa", RUNNABLE)
+def test_bytes_at_their_limits_do_not_saturate(isa: str) -> None:
+    case = Case("int8", 128, 256, 45)
+    weight, (_, scales, _) = sample(case, unit_scales=True), activations(case, 2, unit_scales=True)[1]
+    worst = weight.packed[0] * 0  # every code -128
+    x = np.full((2, 256), -127, np.int8)
+    x[1] = 127
+    sums = x.reshape(2, 2, 128).sum(axis=2, dtype=np.int32)
+    y = run(linear_int8, isa, "many", case.options, [x, scales, sums, worst, weight.packed[1]], [((2, 45), "float32")])[0]
+    np.testing.assert_array_equal(y, np.repeat([[128.0 * 127 * 256], [-128.0 * 127 * 256]], 45, axis=1))
+
+
+@pytest.mark.parametrize("isa", RUNNABLE)
+def test_threads_do_not_change_a_bit(isa: str) -> None:
+    case = Case("ternary", 64, 192, 37)
+    configure = tvm_ffi.get_global_func("runtime.config_threadpool")
+    try:
+        configure(1, 1)
+        single = product(case, isa, 17), product(case, isa, 1, "one")
+    finally:
+        configure(1, 2)
+    for alone, shared in zip(single, (product(case, isa, 17), product(case, isa, 1, "one")), strict=True):
+        np.testing.assert_array_equal(alone, shared)
+
+
+def test_levels_agree_bitwise() -> None:
+    # Sums are exact integers and the few float steps are the same everywhere.
+    for case in (CASES[0], CASES[6], CASES[10]):
+        results = [product(case, isa, 5) for isa in RUNNABLE]
+        for other in results[1:]:
+            np.testing.assert_array_equal(results[0], other)
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[6], CASES[10]], ids=str)
+@pytest.mark.parametrize("form", ["one", "many"])
+def test_aarch64_uses_its_dot_product(case: Case, form: str) -> None:
+    assembly = compiled(linear_int8, AARCH64_DOTPROD, form, case.options).mod.inspect_source("s")
+    assert "sdot" in assembly
+
+
+def test_a_gated_product_refuses_a_bias() -> None:
+    with pytest.raises(UserError, match="no bias"):
+        linear_int8(AARCH64_DOTPROD, "one", **replace(CASES[0], gated=True, bias=True).options)
