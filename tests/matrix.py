@@ -1,0 +1,66 @@
+"""Write the support matrix of the README from what runs here.
+
+    python tests/matrix.py [--write]
+
+For every shipped target the bundled model is built; each instruction set level of the target then runs the parity gate
+on this machine if it can, and counts as compiled if it cannot. Nothing is said that was not done in this run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import arkinfer
+from arkinfer import targets
+from arkinfer.artifact import Artifact
+from arkinfer.errors import ArkError
+from arkinfer.targets import probe
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+BEGIN, END = "<!-- matrix: python tests/matrix.py --write -->", "<!-- /matrix -->"
+HEAD = "| target | backend | level | evidence | how it was shown |\n|---|---|---|---|---|"
+EVIDENCE = ("compiled", "emulated", "ran")
+MODEL = "tiny-minicpm"
+
+
+def rows(name: str, folder: Path) -> list[str]:
+    """Return the matrix rows of one target."""
+    target = targets.load(name)
+    artifact = arkinfer.build(MODEL, target=name, out=folder / f"{name}.ark", verify="none")
+    return [f"| `{name}` | {target.backend} | {level} | {_evidence(artifact, level)} |" for level in target.arch]
+
+
+def _evidence(artifact: Artifact, level: str) -> str:
+    today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+    if level not in probe.isa_levels():
+        return f"compiled | {MODEL} built {today}"
+    with mock.patch(f"arkinfer.backends.{artifact.manifest.backend}.isa_levels", lambda: (level,)):
+        try:
+            report = arkinfer.verify(artifact)
+        except ArkError as error:
+            raise SystemExit(error.render()) from error
+    if not report.passed:
+        raise SystemExit(f"{level}: {report.summary()}")
+    how = f"{MODEL} verified over {report.positions:,} positions, {probe.machine().processor}, {today}"
+    return f"ran | {how}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write it into README.md")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        table = "\n".join([HEAD, *(row for name in targets.names() for row in rows(name, Path(folder)))])
+    print(table)
+    if options.write:
+        text = README.read_text(encoding="utf-8")
+        before, rest = text.split(BEGIN)
+        README.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
