@@ -12,7 +12,11 @@ from numpy.typing import NDArray
 
 from arkinfer.errors import UnsupportedError, UserError, nearest
 
-FAMILIES: Mapping[str, str] = {"MiniCPMForCausalLM": "minicpm", "LlamaForCausalLM": "llama", "Qwen3ForCausalLM": "qwen3"}
+FAMILIES: Mapping[str, str] = {
+    "MiniCPMForCausalLM": "minicpm",
+    "LlamaForCausalLM": "llama",
+    "Qwen3ForCausalLM": "qwen3",
+}
 ROPE_KINDS = ("default", "linear", "llama3", "yarn", "longrope")
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -22,7 +26,12 @@ _MAX_CONTEXT = 1 << 27
 
 
 def _refuse(message: str, hint: str = "", **facts: object) -> UserError:
-    return UserError(message, facts=facts, hint=hint or "compare the file with the one that the model's author published", code="ARK-E130")
+    return UserError(
+        message,
+        facts=facts,
+        hint=hint or "compare the file with the one that the model's author published",
+        code="ARK-E130",
+    )
 
 
 class _Fields:
@@ -105,11 +114,12 @@ class RopeConfig:
         (MiniCPM4 report; transformers' modeling_rope_utils for the other kinds, in whose float32 this computes too).
         """
         pairs = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-        wavelengths = np.float32(self.theta) ** pairs  # (head_dim / 2,) positions per radian
+        wavelengths = np.power(np.float32(self.theta), pairs, dtype=np.float32)  # (head_dim / 2,) positions per radian
         if self.kind == "longrope":
             factors = self.long_factor if context > self.original_context else self.short_factor
-            return np.float32(1.0) / (np.asarray(factors, dtype=np.float32) * wavelengths)
-        inverse = np.float32(1.0) / wavelengths
+            stretched: NDArray[np.float32] = np.reciprocal(np.asarray(factors, dtype=np.float32) * wavelengths)
+            return stretched
+        inverse: NDArray[np.float32] = np.reciprocal(wavelengths)
         if self.kind == "linear":
             return inverse / np.float32(self.factor)
         if self.kind == "llama3":
@@ -122,7 +132,8 @@ class RopeConfig:
         wavelength = 2 * math.pi / inverse.astype(np.float64)
         ratio = self.original_context / wavelength
         blend = np.clip((ratio - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0.0, 1.0)
-        return ((1 - blend) * inverse / self.factor + blend * inverse).astype(np.float32)
+        scaled: NDArray[np.float32] = ((1 - blend) * inverse / self.factor + blend * inverse).astype(np.float32)
+        return scaled
 
     def _yarn(self, inverse: NDArray[np.float32], head_dim: int) -> NDArray[np.float32]:
         def pair(rotations: float) -> float:
@@ -133,10 +144,11 @@ class RopeConfig:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, head_dim - 1)
         ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
-        return (inverse / self.factor * ramp + inverse * (1 - ramp)).astype(np.float32)
+        scaled: NDArray[np.float32] = (inverse / self.factor * ramp + inverse * (1 - ramp)).astype(np.float32)
+        return scaled
 
     def magnitude(self, context: int) -> float:
-        """Return the number that cos and sin are multiplied by; it does not depend on ``context`` for any known kind."""
+        """Return the number that cos and sin are multiplied by; no known kind lets it depend on ``context``."""
         if self.attention_factor is not None:
             return self.attention_factor
         if self.kind != "yarn" or self.factor <= 1:
@@ -154,7 +166,8 @@ class RopeConfig:
 class SparseConfig:
     """InfLLM-v2 block selection (arXiv 2509.24663); sizes in tokens, ``init_blocks`` and ``topk`` in blocks.
 
-    ``local_rule`` "inclusive" forces blocks q_blk - local <= b <= q_blk as MiniCPM4.1's code does, "exclusive" one fewer.
+    ``local_rule`` "inclusive" forces blocks q_blk - local <= b <= q_blk as MiniCPM4.1's code does, "exclusive" one
+    fewer.
     ``lse`` "coarse" normalises scores by the keys pooled over four times the span, "exact" by the fine keys themselves.
     ``dense_len`` -1 makes every row sparse.
     """
@@ -177,7 +190,11 @@ class SparseConfig:
         for name in ("init_blocks", "window_size"):
             source.integer(name, minimum=0)
         source.integer("dense_len", minimum=-1)
-        for large, small in (("kernel_size", "kernel_stride"), ("block_size", "kernel_stride"), ("window_size", "block_size")):
+        for large, small in (
+            ("kernel_size", "kernel_stride"),
+            ("block_size", "kernel_stride"),
+            ("window_size", "block_size"),
+        ):
             if getattr(self, large) % getattr(self, small):
                 raise _refuse(
                     f"sparse_config: `{large}` is not a multiple of `{small}`",
@@ -185,7 +202,9 @@ class SparseConfig:
                 )
         for name, known in (("local_rule", ("inclusive", "exclusive")), ("lse", ("coarse", "exact"))):
             if getattr(self, name) not in known:
-                raise _refuse(f"sparse_config: unknown `{name}` {getattr(self, name)!r}", hint="known: " + ", ".join(known))
+                raise _refuse(
+                    f"sparse_config: unknown `{name}` {getattr(self, name)!r}", hint="known: " + ", ".join(known)
+                )
 
     @property
     def local_blocks(self) -> int:
@@ -272,7 +291,9 @@ def _scales(source: _Fields, hidden: int, layers: int, notes: list[str]) -> tupl
 
     def taken(name: str, default: float) -> float:
         if not source.has(name):
-            notes.append(f"{name} absent: took {default:g}, the value of every released MiniCPM (OpenBMB's own code would take 1)")
+            notes.append(
+                f"{name} absent: took {default:g}, as every released MiniCPM has (OpenBMB's own code would take 1)"
+            )
         return source.number(name, default)
 
     embedding, depth, base = taken("scale_emb", 12), taken("scale_depth", 1.4), taken("dim_model_base", 256)
@@ -289,7 +310,9 @@ def _rope(source: _Fields, head_dim: int, max_context: int, notes: list[str]) ->
     kind = table.get("rope_type", table.get("type", "default"))
     kind = "longrope" if kind == "su" else kind  # the name that the first Phi-3 files used
     if kind not in ROPE_KINDS:
-        raise UnsupportedError(f"rope kind {kind!r} is not supported", facts={"known": ", ".join(ROPE_KINDS)}, code="ARK-E311")
+        raise UnsupportedError(
+            f"rope kind {kind!r} is not supported", facts={"known": ", ".join(ROPE_KINDS)}, code="ARK-E311"
+        )
     if rope.number("partial_rotary_factor", source.number("partial_rotary_factor", 1.0)) != 1.0:
         raise UnsupportedError("partial rotary embedding is not supported", code="ARK-E311")
     if kind == "default":
@@ -302,12 +325,14 @@ def _rope(source: _Fields, head_dim: int, max_context: int, notes: list[str]) ->
         by_factor = _longrope_magnitude(rope.number("factor"), original) if rope.has("factor") else by_context
         if attention is None and not math.isclose(by_factor, by_context):
             notes.append(
-                f"rope factor {rope.number('factor'):g} and max_position_embeddings / original = {max_context / original:g}"
+                f"rope factor {rope.number('factor'):g} and max_position_embeddings / original"
+                f" {max_context / original:g}"
                 " differ: cos and sin are scaled by the factor, as transformers does"
             )
         return RopeConfig(
             kind, theta, original_context=original, attention_factor=by_factor if attention is None else attention,
-            short_factor=rope.numbers("short_factor", head_dim // 2), long_factor=rope.numbers("long_factor", head_dim // 2),
+            short_factor=rope.numbers("short_factor", head_dim // 2),
+            long_factor=rope.numbers("long_factor", head_dim // 2),
         )  # fmt: skip
     factor = rope.number("factor")
     if factor < 1:
@@ -367,7 +392,12 @@ def _read(values: Mapping[str, Any]) -> ModelConfig:
     intermediate = source.integer("intermediate_size")
     vocabulary = source.integer("vocab_size")
     max_context = source.integer("max_position_embeddings")
-    for name, value in {"hidden_size": hidden, "layers": layers, "vocab_size": vocabulary, "intermediate_size": intermediate}.items():
+    for name, value in {
+        "hidden_size": hidden,
+        "layers": layers,
+        "vocab_size": vocabulary,
+        "intermediate_size": intermediate,
+    }.items():
         if value > _LIMITS[name]:
             raise _refuse(f"config.json: {name} {value} is beyond every known model", limit=_LIMITS[name])
     if max_context > _MAX_CONTEXT:
@@ -375,7 +405,9 @@ def _read(values: Mapping[str, Any]) -> ModelConfig:
     if heads % kv_heads:
         raise _refuse("num_attention_heads is not a multiple of num_key_value_heads", heads=heads, kv_heads=kv_heads)
     if not source.has("head_dim") and hidden % heads:
-        raise _refuse("hidden_size is not a multiple of num_attention_heads, and head_dim is absent", hidden=hidden, heads=heads)
+        raise _refuse(
+            "hidden_size is not a multiple of num_attention_heads, and head_dim is absent", hidden=hidden, heads=heads
+        )
     head_dim = source.integer("head_dim", 128 if family == "qwen3" else hidden // heads)
     if head_dim % 2 or head_dim > 1024 or heads > 1024:
         raise _refuse("head_dim must be even, head_dim and heads at most 1024", head_dim=head_dim, heads=heads)
@@ -398,7 +430,8 @@ def _read(values: Mapping[str, Any]) -> ModelConfig:
         intermediate_size=intermediate, vocab_size=vocabulary, norm_eps=source.number("rms_norm_eps", 1e-6),
         max_context=max_context, tie_embeddings=source.flag("tie_word_embeddings", family == "minicpm"),
         embedding_scale=scales[0], residual_scale=scales[1], logit_scale=scales[2], qk_norm=family == "qwen3",
-        attention_bias=source.flag("attention_bias", False), mlp_bias=source.flag("mlp_bias", False), rope=rope, sparse=sparse,
+        attention_bias=source.flag("attention_bias", False), mlp_bias=source.flag("mlp_bias", False),
+        rope=rope, sparse=sparse,
         bos_id=bos[0] if bos else None, eos_ids=_token_ids(values, "eos_token_id", vocabulary),
         pad_id=pad[0] if pad else None, dtype=dtype, notes=tuple(notes),
     )  # fmt: skip

@@ -6,7 +6,7 @@ Parameter names are the checkpoint's. Batch is one and tokens come first: hidden
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -40,7 +40,9 @@ class Linear(nn.Module):
         self.format, self.group, self.activations = packed.format, packed.group, activations
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight, self.scales, self.zeros, self.order, self.bias, self.format, self.group, self.activations)
+        return linear(
+            x, self.weight, self.scales, self.zeros, self.order, self.bias, self.format, self.group, self.activations
+        )
 
 
 class RMSNorm(nn.Module):
@@ -133,6 +135,7 @@ class CausalLM(nn.Module):
         self.config = config
         self.model = Decoder(config, self.layer)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.inverse_frequencies: torch.Tensor
         frequencies = torch.from_numpy(config.rope.inverse_frequencies(config.head_dim, config.max_context))
         self.register_buffer("inverse_frequencies", frequencies, persistent=False)  # real even when weights are on meta
         self.tie()
@@ -140,7 +143,7 @@ class CausalLM(nn.Module):
     def tie(self) -> None:
         """Share the embedding with the output head if the model does."""
         if self.config.tie_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            self.lm_head.weight = cast(nn.Parameter, self.model.embed_tokens.weight)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load as torch does; a tied model takes a state with or without ``lm_head.weight``, and stays tied."""
@@ -154,7 +157,9 @@ class CausalLM(nn.Module):
         """Return the first hidden states (tokens, hidden_size)."""
         return self.model.embed_tokens(tokens)  # type: ignore[no-any-return]
 
-    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, caches: list[LayerCache] | None = None) -> torch.Tensor:
+    def forward(
+        self, tokens: torch.Tensor, positions: torch.Tensor, caches: list[LayerCache] | None = None
+    ) -> torch.Tensor:
         """Return hidden states (tokens, hidden_size) of ``tokens`` (tokens,) int64 at consecutive ``positions``.
 
         ``caches`` (one a layer) are read and written; without them the tokens are a whole sequence from position 0.

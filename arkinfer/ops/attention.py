@@ -18,9 +18,9 @@ class LayerCache(NamedTuple):
     """The state of one layer, written in place; position p of the sequence lies at index p.
 
     k, v (kv_heads, capacity, head_dim) in the cache dtype: float32, float16, bfloat16 or int8. fine, coarse (kv_heads,
-    kernels, head_dim): compressed keys; nope (kv_heads, capacity, head_dim): keys before rope, for use_nope alone. These
-    three are empty (size 0) where unused, and float16 when the cache is int8. k_scale, v_scale (kv_heads, capacity)
-    float32 belong to int8 caches: scale = max|row| / 127, value = code * scale.
+    kernels, head_dim): compressed keys; nope (kv_heads, capacity, head_dim): keys before rope, for use_nope alone.
+    These three are empty (size 0) where unused, and float16 when the cache is int8. k_scale, v_scale (kv_heads,
+    capacity) float32 belong to int8 caches: scale = max|row| / 127, value = code * scale.
     """
 
     k: torch.Tensor
@@ -32,7 +32,9 @@ class LayerCache(NamedTuple):
     v_scale: torch.Tensor | None = None
 
 
-def new_caches(config: ModelConfig, capacity: int, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> list[LayerCache]:
+def new_caches(
+    config: ModelConfig, capacity: int, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> list[LayerCache]:
     """Return empty caches for ``capacity`` tokens, one a layer."""
     sparse = config.sparse
     floating = torch.float16 if dtype == torch.int8 else dtype
@@ -49,13 +51,21 @@ def new_caches(config: ModelConfig, capacity: int, dtype: torch.dtype = torch.fl
         coarse = infllm.kernel_count(capacity, sparse.coarse_size, sparse.coarse_stride)
         nope = capacity if sparse.use_nope else 0
     return [
-        LayerCache(zeros(capacity), zeros(capacity), zeros(fine, floating), zeros(coarse, floating), zeros(nope, floating), scales(), scales())
+        LayerCache(
+            zeros(capacity),
+            zeros(capacity),
+            zeros(fine, floating),
+            zeros(coarse, floating),
+            zeros(nope, floating),
+            scales(),
+            scales(),
+        )
         for _ in range(config.layers)
     ]
 
 
 def quantise_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return int8 codes of ``rows`` (..., head_dim) and their scales (...) float32; round half to even, zero rows scale 0."""
+    """Return int8 codes of ``rows`` (..., head_dim), rounded half to even, and scales (...) float32, 0 for zeros."""
     scale = rows.float().abs().amax(dim=-1) / 127
     codes = torch.round(rows.float() / torch.where(scale == 0, 1.0, scale)[..., None]).clamp_(-127, 127)
     return codes.to(torch.int8), scale
@@ -127,7 +137,9 @@ def _attend(
         positions = torch.arange(start + dense, start + rows, device=q.device)
         with torch.no_grad():  # the choice of blocks has no gradient
             chosen = [
-                infllm.select_blocks(infllm.block_scores(score_q[dense:][tile], fine, coarse, at, sparse, scale), at, sparse)
+                infllm.select_blocks(
+                    infllm.block_scores(score_q[dense:][tile], fine, coarse, at, sparse, scale), at, sparse
+                )
                 for tile, at in ((slice(i, i + 512), positions[i : i + 512]) for i in range(0, len(positions), 512))
             ]
         pieces.append(infllm.sparse_attention(q[dense:], k, v, torch.cat(chosen), positions, sparse, scale))
@@ -156,8 +168,17 @@ def stateless(
     return _attend(q, k, v, 0, scale, sparse, q if q_nope is None else q_nope, fine, coarse)
 
 
-def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: LayerCache, positions: torch.Tensor, scale: float,
-              sparse: SparseConfig | None, q_nope: torch.Tensor | None = None, k_nope: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
+def reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache: LayerCache,
+    positions: torch.Tensor,
+    scale: float,
+    sparse: SparseConfig | None,
+    q_nope: torch.Tensor | None = None,
+    k_nope: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Compute `attention` in plain torch, float32 inside."""
     start, stop = int(positions[0]), int(positions[0]) + q.shape[0]
     if stop > cache.k.shape[1] or not torch.equal(positions, torch.arange(start, stop, device=positions.device)):
@@ -176,16 +197,30 @@ def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: LayerCac
     return _attend(q.float(), keys, values, start, scale, sparse, score_q, fine, coarse).to(q.dtype)
 
 
-@torch.library.custom_op("arkinfer::attention", mutates_args=("k_cache", "v_cache", "fine", "coarse", "nope_cache", "k_scale", "v_scale"))
+@torch.library.custom_op(
+    "arkinfer::attention", mutates_args=("k_cache", "v_cache", "fine", "coarse", "nope_cache", "k_scale", "v_scale")
+)
 def _operator(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     k_cache: torch.Tensor, v_cache: torch.Tensor, fine: torch.Tensor, coarse: torch.Tensor, nope_cache: torch.Tensor,
-    k_scale: torch.Tensor | None, v_scale: torch.Tensor | None, q_nope: torch.Tensor | None, k_nope: torch.Tensor | None,
+    k_scale: torch.Tensor | None, v_scale: torch.Tensor | None,
+    q_nope: torch.Tensor | None, k_nope: torch.Tensor | None,
     positions: torch.Tensor, scale: float, sparse: bool,
     kernel_size: int = 32, kernel_stride: int = 16, block_size: int = 64, init_blocks: int = 1, window_size: int = 2048,
     topk: int = 64, use_nope: bool = False, dense_len: int = 8192, local_rule: str = "inclusive", lse: str = "coarse",
 ) -> torch.Tensor:  # fmt: skip
-    fields = (kernel_size, kernel_stride, block_size, init_blocks, window_size, topk, use_nope, dense_len, local_rule, lse)
+    fields = (
+        kernel_size,
+        kernel_stride,
+        block_size,
+        init_blocks,
+        window_size,
+        topk,
+        use_nope,
+        dense_len,
+        local_rule,
+        lse,
+    )
     config = SparseConfig(*fields) if sparse else None
     cache = LayerCache(k_cache, v_cache, fine, coarse, nope_cache, k_scale, v_scale)
     return reference(q, k, v, cache, positions, scale, config, q_nope, k_nope)
@@ -207,7 +242,7 @@ def attention(
     q_nope: torch.Tensor | None = None,
     k_nope: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Append k, v (tokens, kv_heads, head_dim) to ``cache`` at ``positions`` and return attention (tokens, heads, head_dim).
+    """Append k, v (tokens, kv_heads, head_dim) to ``cache`` and return attention (tokens, heads, head_dim).
 
     q (tokens, heads, head_dim) and k after rope, q_nope and k_nope before it (only with use_nope); positions (tokens,)
     int64, consecutive. Keys and values are read back as the cache dtype rounded them; compressed keys are float32 means
@@ -218,14 +253,32 @@ def attention(
     if differentiates(q, k, v):
         raise ValueError("attention: a cache records no gradients; train with caches=None or run under torch.no_grad()")
     fields = () if sparse is None else tuple(getattr(sparse, name) for name in _FIELDS)
-    return _operator(q, k, v, *cache, q_nope, k_nope, positions, scale, sparse is not None, *fields)
+    mixed: torch.Tensor = _operator(q, k, v, *cache, q_nope, k_nope, positions, scale, sparse is not None, *fields)
+    return mixed
 
 
-_FIELDS = ("kernel_size", "kernel_stride", "block_size", "init_blocks", "window_size", "topk", "use_nope", "dense_len", "local_rule", "lse")
+_FIELDS = (
+    "kernel_size",
+    "kernel_stride",
+    "block_size",
+    "init_blocks",
+    "window_size",
+    "topk",
+    "use_nope",
+    "dense_len",
+    "local_rule",
+    "lse",
+)
 
 
 def cost(
-    tokens: int, length: int, heads: int, kv_heads: int, head_dim: int, sparse: SparseConfig | None = None, itemsize: float = 4
+    tokens: int,
+    length: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    sparse: SparseConfig | None = None,
+    itemsize: float = 4,
 ) -> tuple[int, int]:
     """Return (bytes read and written, flops) of ``tokens`` new rows that bring the context to ``length``.
 

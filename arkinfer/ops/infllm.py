@@ -47,11 +47,16 @@ def compress_keys(k: torch.Tensor, kernel_size: int, kernel_stride: int) -> torc
 
 
 def block_scores(
-    q: torch.Tensor, fine: torch.Tensor, coarse: torch.Tensor, positions: torch.Tensor, config: SparseConfig, scale: float | None = None
+    q: torch.Tensor,
+    fine: torch.Tensor,
+    coarse: torch.Tensor,
+    positions: torch.Tensor,
+    config: SparseConfig,
+    scale: float | None = None,
 ) -> torch.Tensor:
-    """Return the score of every block for every row, (tokens, kv_heads, blocks) float32, blocks = max(positions) // block_size + 1.
+    """Return every block's score for every row, (tokens, kv_heads, blocks) float32; blocks reach the last position.
 
-    q (tokens, heads, head_dim); fine (kernels, kv_heads, head_dim) from compress_keys(k, kernel_size, kernel_stride) and
+    q (tokens, heads, head_dim); fine (kernels, kv_heads, head_dim) from compress_keys(k, kernel_size, kernel_stride);
     coarse likewise from (coarse_size, coarse_stride), unused when config.lse is "exact"; positions (tokens,) absolute;
     ``scale`` defaults to 1 / sqrt(head_dim). Scores are >= 0 and finite: the sum over the group's heads of
     exp(q.k * scale - LSE), max-pooled over the kernels that touch the block. A row that sees no kernel (or, with the
@@ -63,7 +68,9 @@ def block_scores(
     pieces = []
     for first in range(0, q.shape[0], _TILE):
         rows = slice(first, first + _TILE)
-        grouped = q[rows].float().unflatten(1, (kv_heads, -1)).transpose(0, 1)  # (kv_heads, rows, group, head_dim)
+        grouped = (
+            q[rows].float().view(-1, kv_heads, q.shape[1] // kv_heads, q.shape[2]).transpose(0, 1)
+        )  # (kv_heads, rows, group, head_dim)
         kernels = _kernel_scores(grouped * scale, fine, coarse, positions[rows], config)  # (kv_heads, rows, kernels)
         pieces.append(_pool(kernels, blocks, config).transpose(0, 1))
     return torch.cat(pieces) if pieces else q.new_zeros((0, kv_heads, blocks), dtype=torch.float32)
@@ -77,12 +84,18 @@ def _logits(q: torch.Tensor, keys: torch.Tensor, visible: torch.Tensor) -> torch
     return logits.masked_fill_(hidden[None, :, None], -math.inf)
 
 
-def _kernel_scores(q: torch.Tensor, fine: torch.Tensor, coarse: torch.Tensor, positions: torch.Tensor, config: SparseConfig) -> torch.Tensor:
+def _kernel_scores(
+    q: torch.Tensor, fine: torch.Tensor, coarse: torch.Tensor, positions: torch.Tensor, config: SparseConfig
+) -> torch.Tensor:
     logits = _logits(q, fine, visible_kernels(positions, config.kernel_size, config.kernel_stride))
     if config.lse == "exact":
         lse = torch.logsumexp(logits, dim=-1, keepdim=True)
     else:
-        lse = torch.logsumexp(_logits(q, coarse, visible_kernels(positions, config.coarse_size, config.coarse_stride)), dim=-1, keepdim=True)
+        lse = torch.logsumexp(
+            _logits(q, coarse, visible_kernels(positions, config.coarse_size, config.coarse_stride)),
+            dim=-1,
+            keepdim=True,
+        )
     # exp(-inf - -inf) is NaN and exp(x - -inf) is inf; the CUDA kernel answers 0 for such rows, and so does this.
     weights = torch.exp(logits - lse).masked_fill_(lse == -math.inf, 0.0)
     # The coarse LSE does not bound the logits, so the exponential may overflow; inf is reserved for forced blocks.
@@ -90,11 +103,15 @@ def _kernel_scores(q: torch.Tensor, fine: torch.Tensor, coarse: torch.Tensor, po
 
 
 def _pool(kernels: torch.Tensor, blocks: int, config: SparseConfig) -> torch.Tensor:
-    """Max-pool (kv_heads, rows, kernels) to (kv_heads, rows, blocks); block b takes kernels [s * b - 1, s * b + s - 1], s = block / stride."""
+    """Max-pool (kv_heads, rows, kernels) to (.., blocks): s = block / stride, block b takes [s * b - 1, s * b + s)."""
     stride = config.block_size // config.kernel_stride
     # Scores are >= 0, so zeros pad both ends as -inf would, and blocks without any kernel score 0.
     missing = stride * blocks - kernels.shape[-1]
-    padded = torch.nn.functional.pad(kernels, (1, missing)) if missing >= 0 else torch.nn.functional.pad(kernels[..., : stride * blocks], (1, 0))
+    padded = (
+        torch.nn.functional.pad(kernels, (1, missing))
+        if missing >= 0
+        else torch.nn.functional.pad(kernels[..., : stride * blocks], (1, 0))
+    )
     return torch.nn.functional.max_pool1d(padded, stride + 1, stride)
 
 
@@ -121,7 +138,13 @@ def select_blocks(scores: torch.Tensor, positions: torch.Tensor, config: SparseC
 
 
 def sparse_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor, positions: torch.Tensor, config: SparseConfig, scale: float | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    blocks: torch.Tensor,
+    positions: torch.Tensor,
+    config: SparseConfig,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """Attend each row to the tokens of its blocks up to its own position; (tokens, heads, head_dim) in the dtype of q.
 
@@ -137,28 +160,36 @@ def sparse_attention(
 
 
 def _attend_tile(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor, positions: torch.Tensor, block_size: int, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    blocks: torch.Tensor,
+    positions: torch.Tensor,
+    block_size: int,
+    scale: float,
 ) -> torch.Tensor:
     rows, heads, head_dim = q.shape
     group = heads // k.shape[1]
+    count = int(positions.max()) // block_size + 1
     outputs = []
     for head in range(k.shape[1]):
-        count = int(positions.max()) // block_size + 1
-        member = torch.zeros(rows, count + 1, dtype=torch.bool, device=q.device)
-        member.scatter_(1, blocks[:, head].masked_fill(blocks[:, head] < 0, count), True)  # column `count` collects the -1
+        wanted = torch.where(blocks[:, head] < 0, count, blocks[:, head])  # column `count` collects the unused places
+        member = torch.zeros(rows, count + 1, dtype=torch.bool, device=q.device).scatter_(1, wanted, True)
         union = member[:, :count].any(dim=0).nonzero().flatten()  # blocks that any row of the tile wants
         tokens = (union[:, None] * block_size + torch.arange(block_size, device=q.device)).flatten()
         tokens = tokens[tokens < k.shape[0]]
         allowed = member[:, tokens // block_size] & (tokens <= positions[:, None])  # (rows, tokens)
         queries = q[:, head * group : (head + 1) * group].float().reshape(rows * group, head_dim)
-        weights = (queries @ k[tokens, head].float().T * scale).unflatten(0, (rows, group))  # (rows, group, tokens)
-        weights = weights.masked_fill(~allowed[:, None], -math.inf).softmax(dim=-1)
-        outputs.append((weights.flatten(0, 1) @ v[tokens, head].float()).unflatten(0, (rows, group)))
+        logits = (queries @ k[tokens, head].float().T * scale).view(rows, group, -1)  # (rows, group, tokens)
+        weights = logits.masked_fill(~allowed[:, None], -math.inf).softmax(dim=-1)
+        outputs.append((weights.flatten(0, 1) @ v[tokens, head].float()).view(rows, group, -1))
     return torch.cat(outputs, dim=1).to(q.dtype)
 
 
-def cost(tokens: int, length: int, heads: int, kv_heads: int, head_dim: int, config: SparseConfig, itemsize: float = 4) -> tuple[int, int]:
-    """Return (bytes, flops) of ``tokens`` sparse rows that end a context of ``length``; ``itemsize`` is that of the cache."""
+def cost(
+    tokens: int, length: int, heads: int, kv_heads: int, head_dim: int, config: SparseConfig, itemsize: float = 4
+) -> tuple[int, int]:
+    """Return (bytes, flops) of the last ``tokens`` rows of a context of ``length``; ``itemsize`` is the cache's."""
     fine = kernel_count(length, config.kernel_size, config.kernel_stride)
     coarse = kernel_count(length, config.coarse_size, config.coarse_stride) if config.lse == "coarse" else 0
     attended = min(length, config.budget * config.block_size)

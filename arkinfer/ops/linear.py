@@ -140,8 +140,10 @@ def linear(
     return function(x, weight, scales, zeros, order, bias, format, group, activations)
 
 
-def weight_bytes(rows: int, width: int, format: str = "dense", group: int = 0, itemsize: int = 2, zeros: bool = False) -> int:
-    """Return the canonical packed size of one (rows, width) weight; ``itemsize`` is that of dense elements and of scales."""
+def weight_bytes(
+    rows: int, width: int, format: str = "dense", group: int = 0, itemsize: int = 2, zeros: bool = False
+) -> int:
+    """Return the packed bytes of one (rows, width) weight; ``itemsize`` is that of dense elements and of scales."""
     if format == "dense":
         return rows * width * itemsize
     stored = {"int8": width, "int4": (width + 1) // 2, "ternary": (width + 3) // 4}[format]
@@ -149,7 +151,13 @@ def weight_bytes(rows: int, width: int, format: str = "dense", group: int = 0, i
 
 
 def cost(
-    tokens: int, rows: int, width: int, format: str = "dense", group: int = 0, itemsize: int = 2, activation_itemsize: int = 4
+    tokens: int,
+    rows: int,
+    width: int,
+    format: str = "dense",
+    group: int = 0,
+    itemsize: int = 2,
+    activation_itemsize: int = 4,
 ) -> tuple[int, int]:
     """Return (bytes read and written, floating-point operations) of one call with ``tokens`` rows of x."""
     moved = weight_bytes(rows, width, format, group, itemsize) + tokens * (width + rows) * activation_itemsize

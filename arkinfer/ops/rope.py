@@ -7,7 +7,9 @@ import torch
 from arkinfer.ops import differentiates
 
 
-def reference(x: torch.Tensor, positions: torch.Tensor, inverse_frequencies: torch.Tensor, magnitude: float) -> torch.Tensor:
+def reference(
+    x: torch.Tensor, positions: torch.Tensor, inverse_frequencies: torch.Tensor, magnitude: float
+) -> torch.Tensor:
     """Rotate pairs (i, i + head_dim / 2) of ``x`` (tokens, heads, head_dim) by position * inverse_frequencies[i]."""
     angles = positions.float()[:, None] * inverse_frequencies.float()  # (tokens, head_dim / 2), rounded to fp32
     cos, sin = (angles.cos() * magnitude)[:, None], (angles.sin() * magnitude)[:, None]
@@ -16,7 +18,9 @@ def reference(x: torch.Tensor, positions: torch.Tensor, inverse_frequencies: tor
 
 
 @torch.library.custom_op("arkinfer::rope", mutates_args=())
-def _operator(x: torch.Tensor, positions: torch.Tensor, inverse_frequencies: torch.Tensor, magnitude: float) -> torch.Tensor:
+def _operator(
+    x: torch.Tensor, positions: torch.Tensor, inverse_frequencies: torch.Tensor, magnitude: float
+) -> torch.Tensor:
     return reference(x, positions, inverse_frequencies, magnitude)
 
 
