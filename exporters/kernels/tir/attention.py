@@ -24,6 +24,7 @@ from arkinfer.exporters.kernels.tir.source import Source, ramp, real, splat
 
 SPLIT = 512  # tokens; partial results add about 3 % to what is read of a float16 cache
 DENSE_BLOCK = 64  # tokens of a block where no sparse configuration says otherwise
+_LANES = 8  # classes of splits, by their number's remainder, that the decode form runs in parallel
 TILE_ROWS = 32  # rows of a prefill tile: their state should stay in the first-level cache
 
 
@@ -131,63 +132,76 @@ class _Attention:
                     f"out_flat[{at}] = {state.output}[{ramp(f'({state.row} + g) * {dim} + c * {LANES}', LANES)}] * {share}"
                 )
 
-    def _token_block(self, caches: Caches, state: Rows, block: str, position: str) -> None:
+    def _token_block(self, caches: Caches, state: Rows, block: str, following: str, position: str) -> None:
         """Let the rows of one token attend to one block, a register tile at a time."""
         source = self.source
+        scratch = ("weights", "decay")
         with source.loop("tile", self.rows // self.height):
             part = state.shifted(hold(source, "offset", f"tile * {self.height}"))
             positions = [position] * self.height
-            attend_block(
-                source, self.isa, caches, self.block, self.height, part, block, positions, ("weights", "decay")
-            )
+            attend_block(source, self.isa, caches, self.block, self.height, part, block, following, positions, scratch)
 
     def _decode(self) -> None:
         source, dim, step = self.source, self.dim, self.blocks_per_split
         splits = source.let("splits", f"(position + n - 1) // {step * self.block} + 1")
-        eighth = source.let("eighth", f"(({splits}) + 7) // 8")
+        eighth = source.let("eighth", f"(({splits}) + {_LANES - 1}) // {_LANES}")
         states = f"n * {self.kv_heads} * {splits} * {self.rows}"
         self._buffer("part_output", f"{states} * {dim}")
         self._buffer("part_maximum", states)
         self._buffer("part_weight", f"{states} * {LANES}")
-        with source.loop("item", f"n * {self.kv_heads} * 8 * {eighth}", "parallel"):
+        # Threads take runs of items. Counting with the bits reversed spreads each run over the whole context, so that
+        # the local window of a sparse row does not fall to one thread.
+        with source.loop("item", f"n * {self.kv_heads * _LANES}", "parallel"):
             self._buffer("query", self.rows * dim)
             self._buffer("weights", self.height * self.block)
-            self._buffer("decay", LANES)
-            plane = hold(source, "plane", f"item // (8 * {eighth})")
-            lane = hold(source, "lane", f"item % (8 * {eighth}) // {eighth}")
-            # Threads take runs of items. Counting with the bits reversed spreads each run over the whole context, so
-            # that the local window of a sparse row does not fall to one thread.
-            mirrored = hold(source, "mirrored", f"{lane} % 2 * 4 + {lane} // 2 % 2 * 2 + {lane} // 4")
-            split = hold(source, "split", f"item % {eighth} * 8 + {mirrored}")
-            with source.block(f"if {split} < {splits}"):
-                token = hold(source, "token", f"{plane} // {self.kv_heads}")
-                head = hold(source, "head", f"{plane} % {self.kv_heads}")
-                place = hold(source, "place", f"position + {token}")
-                row = hold(source, "row", f"({plane} * {splits} + {split}) * {self.rows}")
-                state = Rows("query", "T.int64(0)", "part_output", "part_maximum", "part_weight", row)
-                state.reset(source, str(self.rows), dim)
-                source.line(f"decay[{ramp('0', LANES)}] = {real(0.0, LANES)}")
-                self._load_query(token, head, "0")
-                caches = Caches.at(source, self.kv, self.kv_heads, dim, head)
-                self._decode_blocks(caches, state, token, head, place, split)
+            source.line(f'decay = T.alloc_buffer(({LANES},), "float32", scope="local", align=64)')
+            plane = hold(source, "plane", f"item // {_LANES}")
+            lane = hold(source, "lane", f"item % 2 * 4 + item // 2 % 2 * 2 + item // 4 % 2")
+            token = hold(source, "token", f"{plane} // {self.kv_heads}")
+            head = hold(source, "head", f"{plane} % {self.kv_heads}")
+            place = hold(source, "place", f"position + {token}")
+            source.line(f"decay[{ramp('0', LANES)}] = {real(0.0, LANES)}")
+            with source.loop("e", eighth):
+                split = hold(source, "split", f"e * {_LANES} + {lane}")
+                with source.block(f"if {split} < {splits}"):
+                    row = hold(source, "row", f"({plane} * {splits} + {split}) * {self.rows}")
+                    state = Rows("", "", "part_output", "part_maximum", "part_weight", row)
+                    state.reset(source, str(self.rows), dim)
+            self._load_query(token, head, "0")
+            caches = Caches.at(source, self.kv, self.kv_heads, dim, head)
+            self._decode_blocks(caches, token, head, place, lane, plane, splits, eighth)
         with source.block(f"if {splits} > 4"):
             self._decode_fold(splits, "parallel")
         with source.block("else"):
             self._decode_fold(splits, "serial")
 
-    def _decode_blocks(self, caches: Caches, state: Rows, token: str, head: str, place: str, split: str) -> None:
+    def _decode_blocks(
+        self, caches: Caches, token: str, head: str, place: str, lane: str, plane: str, splits: str, eighth: str
+    ) -> None:
+        """Visit the blocks of those splits whose number ends in ``lane``."""
         source, step = self.source, self.blocks_per_split
-        if not self.budget:
-            count = hold(source, "blocks", f"T.min(T.int64({step}), {place} // {self.block} + 1 - {split} * {step})")
-            with source.loop("b", count):
-                self._token_block(caches, state, hold(source, "block", f"{split} * {step} + b"), place)
-            return
-        dense = source.let("dense", f"{place} + 1 < dense_len")
-        with source.loop("b", hold(source, "count", f"T.Select({dense}, T.int64({step}), T.int64({self.budget}))")):
-            chosen = f'T.Cast("int64", blocks_flat[({token} * {self.kv_heads} + {head}) * {self.budget} + b])'
-            block = hold(source, "block", f"T.if_then_else({dense}, {split} * {step} + b, {chosen})")
-            with source.block(f"if {block} // {step} == {split} and {block} * {self.block} <= {place}"):
-                self._token_block(caches, state, block, place)
+
+        def every(b: str) -> str:
+            return f"({b} // {step} * {_LANES} + {lane}) * {step} + {b} % {step}"
+
+        def chosen(b: str) -> str:
+            return f'T.Cast("int64", blocks_flat[({token} * {self.kv_heads} + {head}) * {self.budget} + {b}])'
+
+        count, block, following = f"{eighth} * {step}", every("b"), every("(b + 1)")
+        if self.budget:
+            dense = source.let("dense", f"{place} + 1 < dense_len")
+            count = hold(source, "count", f"T.Select({dense}, {count}, T.int64({self.budget}))")
+            block = f"T.if_then_else({dense}, {block}, {chosen('b')})"
+            after = chosen(f"T.min(b + 1, T.int64({self.budget - 1}))")
+            following = f"T.if_then_else({dense}, {following}, {after})"
+        with source.loop("b", count):
+            block = hold(source, "block", block)
+            split = hold(source, "split", f"{block} // {step}")
+            inside = f"{block} >= 0 and {block} * {self.block} <= {place}"
+            with source.block(f"if {split} % {_LANES} == {lane} and {inside}"):
+                row = hold(source, "row", f"({plane} * {splits} + {split}) * {self.rows}")
+                state = Rows("query", "T.int64(0)", "part_output", "part_maximum", "part_weight", row)
+                self._token_block(caches, state, block, hold(source, "following", following), place)
 
     def _decode_fold(self, splits: str, kind: str) -> None:
         source, dim = self.source, self.dim
@@ -268,10 +282,11 @@ class _Attention:
                         source.line("cursor[t] = cursor[t] + 1")
             else:
                 source.line(f'wanted[t] = T.Cast("int32", {block} * {self.block} <= {place})')
+        following = hold(source, "following", f"{block} + 1")
         if self.joined == 1:
             with source.loop("t", count), source.block("if wanted[t] == 1"):
                 place = hold(source, "place", f"position + {start} + t")
-                self._token_block(caches, state.shifted(f"t * {self.rows}"), block, place)
+                self._token_block(caches, state.shifted(f"t * {self.rows}"), block, following, place)
             return
         with source.loop("u", size // self.joined):
             together = " + ".join(f"wanted[u * {self.joined} + {i}]" for i in range(self.joined))
@@ -282,12 +297,14 @@ class _Attention:
                 part = state.shifted(f"u * {self.joined * self.rows}")
                 positions = [place for place in places for _ in range(self.group)]
                 scratch = ("weights", "decay")
-                attend_block(source, self.isa, caches, self.block, len(positions), part, block, positions, scratch)
+                attend_block(
+                    source, self.isa, caches, self.block, len(positions), part, block, following, positions, scratch
+                )
             with source.block("else"), source.loop("i", self.joined):
                 t = hold(source, "t", f"u * {self.joined} + i")
                 with source.block(f"if wanted[{t}] == 1"):
                     place = hold(source, "place", f"position + {start} + {t}")
-                    self._token_block(caches, state.shifted(f"{t} * {self.rows}"), block, place)
+                    self._token_block(caches, state.shifted(f"{t} * {self.rows}"), block, following, place)
 
 
 __all__ = ["NOTHING", "attention", "attention_dense", "unsupported"]

@@ -101,6 +101,15 @@ def hold(source: Source, name: str, value: str) -> str:
     return f"{cell}[0]"
 
 
+def prefetch(source: Source, buffer: str, start: str, count: int, dtype: str) -> None:
+    """Emit a hint to load ``count`` elements of ``buffer`` soon; it may point beyond the buffer's end."""
+    item = {"float32": 4, "float16": 2, "int8": 1}[dtype]
+    for line in range(max(1, count * item // 64)):
+        address = f"T.address_of({buffer}[{start} + {line * 64 // item}])"
+        hint = f'"llvm.prefetch.p0", {address}, T.int32(0), T.int32(3), T.int32(1)'
+        source.line(f'T.evaluate(T.call_llvm_intrin("void", {hint}))')
+
+
 def widened(buffer: str, start: str, dtype: str) -> str:
     """Return 16 consecutive elements of ``buffer`` as float32."""
     value = f"{buffer}[{ramp(start, LANES)}]"
@@ -108,11 +117,20 @@ def widened(buffer: str, start: str, dtype: str) -> str:
 
 
 def scores(
-    source: Source, rows: int, head_dim: int, keys: str, dtype: str, panels: Sequence[str], query: str, query_base: str
+    source: Source,
+    rows: int,
+    head_dim: int,
+    keys: str,
+    dtype: str,
+    panels: Sequence[str],
+    query: str,
+    query_base: str,
+    ahead: tuple[str, str] | None = None,
 ) -> list[list[str]]:
     """Emit q . k for ``rows`` query rows and some panels of 16 keys; return the names of the sums [row][panel].
 
-    ``panels``: where each starts in ``keys``. Row r starts at ``query_base`` + r * head_dim of ``query``.
+    ``panels``: where each starts in ``keys``. Row r starts at ``query_base`` + r * head_dim of ``query``. ``ahead``: a
+    buffer of the same dtype and an offset in it, from where as much as is read here should be fetched meanwhile.
     """
     sums = [[source.local("sum", LANES, "float32") for _ in panels] for _ in range(rows)]
     whole = ramp("0", LANES)
@@ -121,6 +139,8 @@ def scores(
             source.line(f"{name}[{whole}] = {real(0.0, LANES)}")
     with source.loop("j", head_dim):
         columns = [source.let("key", widened(keys, f"{panel} + j * {LANES}", dtype)) for panel in panels]
+        if ahead is not None:
+            prefetch(source, ahead[0], f"{ahead[1]} + j * {len(panels) * LANES}", len(panels) * LANES, dtype)
         for r, row in enumerate(sums):
             q = source.let("q", splat(f"{query}[{query_base} + {r * head_dim} + j]", LANES))
             for name, column in zip(row, columns, strict=True):
@@ -185,12 +205,15 @@ def attend_block(
     rows: int,
     state: Rows,
     block: str,
+    following: str,
     positions: Sequence[str],
     scratch: tuple[str, str],
 ) -> None:
     """Emit ``rows`` rows (at most one register tile) of ``state`` attending to the tokens of ``block`` up to their positions.
 
-    ``positions``: one int64 name a row. scratch: buffers of rows * block_size and of 16 floats.
+    ``positions``: one int64 name a row. ``following``: the block that comes next, whose keys are fetched meanwhile: the
+    processor's own prefetching does not foresee the jumps between keys, values and chosen blocks. scratch: buffers of
+    rows * block_size and of 16 floats.
     """
     dim, panels = caches.head_dim, block_size // LANES
     _, (key_width, value_width) = register_tile(isa, rows, (panels, dim // LANES))
@@ -201,7 +224,8 @@ def attend_block(
         base = hold(source, "key_base", f"{caches.k_base} + ({block} * {panels} + pg * {key_width}) * {dim * LANES}")
         query_base = hold(source, "query_base", f"{state.query_row} * {dim}")
         bases = [f"{base} + {i * dim * LANES}" for i in range(key_width)]
-        sums = scores(source, rows, dim, caches.k, caches.kv, bases, state.query, query_base)
+        ahead = hold(source, "ahead", f"{caches.v_base} + {first} * {dim} + pg * {key_width * dim * LANES}")
+        sums = scores(source, rows, dim, caches.k, caches.kv, bases, state.query, query_base, (caches.v, ahead))
         for i in range(key_width):
             scale = ""
             if caches.kv == "int8":
@@ -247,6 +271,7 @@ def attend_block(
         at = f"{state.weight}[{ramp(f'({state.row} + r2) * {LANES}', LANES)}]"
         source.line(f"{at} = {fma(at, splat(f'{decay}[r2]', LANES), _tree(parts), LANES)}")
     count = hold(source, "count", f"T.min({furthest} - {first} + 1, T.int64({block_size}))")
+    next_keys = hold(source, "next_keys", f"{caches.k_base} + {following} * {block_size * dim}")
     with source.loop("cg", dim // LANES // value_width):
         column = hold(source, "column", f"cg * {value_width * LANES}")
         sums = [[source.local("out", LANES, "float32") for _ in range(value_width)] for _ in range(rows)]
@@ -262,6 +287,8 @@ def attend_block(
             values = [
                 source.let("value", widened(caches.v, f"{at} + {i * LANES}", caches.kv)) for i in range(value_width)
             ]
+            fetch = f"{next_keys} + (cg * {block_size} + t) * {value_width * LANES}"
+            prefetch(source, caches.k, fetch, value_width * LANES, caches.kv)
             for r in range(rows):
                 p = source.let("p", splat(f"{weights}[{r * block_size} + t]", LANES))
                 for i in range(value_width):
