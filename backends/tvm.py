@@ -9,6 +9,7 @@ import ctypes
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,12 +38,19 @@ def _ffi(threads: int) -> Any:
         # Read once, when the pool starts: pinning the caller would confine every thread that it spawns later.
         os.environ.setdefault("TVM_BIND_THREADS", "0")
         os.environ["TVM_NUM_THREADS"] = str(os.cpu_count() or 1)
+    # tvm_ffi imports torch wherever it finds it, only to exchange tensors with it; a runtime has no use for either.
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]
     try:
         import tvm_ffi
     except ImportError as error:
         raise UnsupportedError(
             "the tvm backend needs the package apache-tvm-ffi", hint="pip install 'arkinfer[tvm]'", code="ARK-E310"
         ) from error
+    finally:
+        if hidden:
+            del sys.modules["torch"]
     if _runtime is None:
         spec = importlib.util.find_spec("tvm")
         roots = list(spec.submodule_search_locations or ()) if spec is not None else []

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TVM_BIND_THREADS", "0")
+# tvm_ffi imports torch wherever it finds it, only to exchange tensors with it: seconds that this process does not have.
+sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
 
 import tvm
 from tvm import relax, tirx

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from arkinfer.exporters.kernels.tir import pack
 from arkinfer.exporters.lowering import Lowering, Stored
 from arkinfer.exporters.program import Program, Value
 from arkinfer.graph import ModelGraph, Weight
-from arkinfer.quant.packed import Packed
+from arkinfer.quant.packed import Packed, pack_crumbs, pack_nibbles
 from arkinfer.targets import Target
 
 WEIGHTS = "weights-cpu.safetensors"
@@ -100,28 +100,38 @@ def _compiler_failed(isa: str, code: int, log: str) -> Exception:
 def _write_weights(program: Program, stored: dict[str, Stored], weights: WeightSource, file: Path, progress: Progress) -> None:
     specs = {value.name: tensors.TensorSpec(_DTYPES[value.dtype], tuple(map(int, value.shape))) for value in program.parameters}
 
-    def chunks() -> Iterator[tuple[str, list[np.ndarray]]]:
+    def chunks() -> Iterator[tuple[str, Iterable[np.ndarray]]]:
         for index, value in enumerate(program.parameters):
             progress("weights", index, len(program.parameters))
             what = stored[value.name]
-            yield value.name, [_repack(weights.packed(what.weight), what, value)]
+            yield value.name, _repack(weights.packed(what.weight), what, value)
 
     tensors.write(file, specs, chunks())
     progress("weights", len(specs), len(specs))
 
 
-def _repack(packed: Packed, what: Stored, value: Value) -> np.ndarray:
-    """Return one parameter of the program from a canonical weight."""
+def _repack(packed: Packed, what: Stored, value: Value) -> Iterable[np.ndarray]:
+    """Yield one parameter of the program from a canonical weight, some panels at a time."""
     if what.part == "vector":
-        return packed.weight.float().numpy().reshape(value.shape)
-    return pack.repack(packed, what.part, what.gated)
+        return [packed.weight.float().numpy().reshape(value.shape)]
+    source = packed.scales if what.part == "scales" else packed.weight
+    assert source is not None
+    array = source.contiguous().view(torch.uint16).numpy() if source.dtype == torch.bfloat16 else source.numpy()
+    write = pack.vectors if what.part == "scales" else pack.weight
+    return write(_matrix(what.weight, what.gated), lambda start, stop: array[start:stop])
+
+
+def _matrix(weight: Weight, gated: bool) -> pack.Matrix:
+    return pack.Matrix(weight.format, weight.shape[0], weight.shape[1], weight.group, gated)
 
 
 class _ArtifactWeights:
     """Canonical weights read back from an artifact."""
 
     def __init__(self, model: ModelGraph, arrays: dict[str, np.ndarray]) -> None:
-        self._model, self._arrays = model, arrays
+        self._arrays = arrays
+        dtypes = {node.name: node.meta["val"].dtype for node in model.placeholders() if node.name in model.weights}
+        self._dtypes = {(weight.name, weight.part): dtypes[name] for name, weight in model.weights.items()}
 
     def packed(self, weight: Weight) -> Packed:
         vector = self._arrays.get(f"{weight.name}:vector")
@@ -129,12 +139,16 @@ class _ArtifactWeights:
             return Packed("dense", 0, (vector.shape[0], vector.shape[0]), torch.from_numpy(vector))
         gated = f"{weight.name}:gated.weight" in self._arrays
         stem = f"{weight.name}:{'gated' if gated else 'panels'}"
-        scales = self._arrays.get(f"{stem}.scales")
-        dtypes = {node.name: node.meta["val"].dtype for node in self._model.placeholders() if node.name in self._model.weights}
-        kinds = {(item.name, item.part): dtypes[name] for name, item in self._model.weights.items()}
-        return pack.canonical(
-            weight, self._arrays[f"{stem}.weight"], scales, gated, kinds[weight.name, "weight"], kinds.get((weight.name, "scales"))
-        )
+        matrix = _matrix(weight, gated)
+        rows = torch.from_numpy(pack.unpack(matrix, self._arrays[f"{stem}.weight"]))
+        if weight.format == "dense":
+            kind = self._dtypes[weight.name, "weight"]
+            return Packed("dense", 0, weight.shape[:2], rows.view(kind) if kind == torch.bfloat16 else rows)
+        repack = {"int8": lambda codes: codes, "int4": pack_nibbles, "ternary": pack_crumbs}[weight.format]
+        scales = torch.from_numpy(pack.unpack(matrix, self._arrays[f"{stem}.scales"]))
+        kind = self._dtypes[weight.name, "scales"]
+        scales = scales.view(kind) if kind == torch.bfloat16 else scales
+        return Packed(weight.format, weight.group, weight.shape[:2], repack(rows), scales)
 
 
 def _plan(model: ModelGraph, program: Program, target: Target, options: BuildOptions) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,7 @@ class TensorSpec:
         return count
 
 
-def write(file: Path, specs: Mapping[str, TensorSpec], chunks: Iterator[tuple[str, list[np.ndarray]]]) -> None:
+def write(file: Path, specs: Mapping[str, TensorSpec], chunks: Iterator[tuple[str, Iterable[np.ndarray]]]) -> None:
     """Write ``specs`` in order; ``chunks`` yields each name, in the same order, with its data in consecutive pieces.
 
     Every tensor starts at a multiple of 64 bytes in the file; the gaps are tensors of their own named ``~N``, since the

@@ -13,9 +13,9 @@ from arkinfer.exporters.kernels.tir.source import add, bits, intrinsic, splat
 class Isa:
     """One instruction set level; ``targets.probe`` knows by the same names which of them a machine has.
 
-    ``lanes`` is the number of float32 in a vector register; 16 rows of a panel take ``parts`` registers. ``tokens_int8``
-    and ``tokens_float`` say how many tokens, and ``panels_int8`` and ``panels_float`` how many panels, of a matrix
-    product fit into the registers.
+    ``lanes`` is the number of float32 in a vector register; 16 rows of a panel take ``parts`` registers.
+    ``tokens_int8`` and ``tokens_float`` say how many tokens, ``panels_int8`` and ``panels_float`` how many panels of a
+    matrix product fit into the registers.
     """
 
     name: str

@@ -27,7 +27,7 @@ from arkinfer.exporters.kernels.tir.source import (
     storage,
 )
 
-UNROLL = 4  # chunks per round of the inner loop
+UNROLL = 4  # chunks per round of the inner loop for one token; more tokens fill a round with one
 
 Sums = list[list[list[list[str]]]]  # buffer names [panel][token][part][way]
 
@@ -84,6 +84,11 @@ class _Kernel:
     def chunks(self) -> int:
         """Chunks of a segment."""
         return self.groups.padded // self.codes.inputs
+
+    @property
+    def step(self) -> int:
+        """Chunks whose products ``dot`` adds together: before they are widened, maddubs has room for several planes."""
+        return 2 if self.isa.product == "maddubs" and self.codes.planes == 2 else 1
 
     def tile(self, panels: Sequence[str], rows: Sequence[str]) -> list[list[list[str]]]:
         """Emit the sums over all inputs; return float32 expressions [panel][token][part]."""
@@ -156,24 +161,23 @@ class _Kernel:
 
     def _chunks(self, panels: Sequence[str], rows: Sequence[str], sums: Sums, alone: bool) -> None:
         """Emit the loop over the chunks of a segment."""
-        rounds, rest = divmod(self.chunks, UNROLL)
+        unroll = UNROLL if alone else self.step
+        rounds, rest = divmod(self.chunks, unroll)
         if rounds > 1:
             with self.source.loop("round", rounds):
-                self._some(f"round * {UNROLL}", UNROLL, panels, rows, sums, alone)
+                self._some(f"round * {unroll}", unroll, panels, rows, sums, alone)
         elif rounds:
-            self._some("0", UNROLL, panels, rows, sums, alone)
+            self._some("0", unroll, panels, rows, sums, alone)
         if rest:
-            self._some(str(rounds * UNROLL), rest, panels, rows, sums, alone)
+            self._some(str(rounds * unroll), rest, panels, rows, sums, alone)
 
     def _some(
         self, first: str, count: int, panels: Sequence[str], rows: Sequence[str], sums: Sums, alone: bool
     ) -> None:
         """Emit ``count`` chunks from chunk ``first`` of the segment."""
-        # Products of small codes are added before they are widened, so a step of maddubs takes two planes or more.
-        step = 2 if self.isa.product == "maddubs" and self.codes.planes == 2 else 1
-        for offset in range(0, count, step):
-            chunks = [f"segment * {self.chunks} + {first} + {o}" for o in range(offset, min(offset + step, count))]
-            self._step(chunks, offset // step, panels, rows, sums, alone)
+        for offset in range(0, count, self.step):
+            chunks = [f"segment * {self.chunks} + {first} + {o}" for o in range(offset, min(offset + self.step, count))]
+            self._step(chunks, offset // self.step, panels, rows, sums, alone)
 
     def _step(
         self, chunks: Sequence[str], number: int, panels: Sequence[str], rows: Sequence[str], sums: Sums, alone: bool

@@ -32,8 +32,8 @@ def parallel_panels(
     if tokens == "one":
         with source.loop("pair", "P // 2" if gated else "P", "parallel"):
             names = ["pair * 2", "pair * 2 + 1"] if gated else ["pair"]
-            results = [tile([name], ["0"])[0][0] for name in names]
-            finish(source, isa, "pair", "0", results, bias, gated)
+            outputs = [_kept(source, isa, tile([name], ["0"])[0]) for name in names]
+            _finish(source, "pair", "0", [f"{output}[{ramp('0', PANEL)}]" for output in outputs], bias, gated)
         return
     width = max(panels, 2) if gated else panels
     with source.loop("pair", f"(P + {width - 1}) // {width}", "parallel"):
@@ -42,29 +42,38 @@ def parallel_panels(
         with source.loop("block", f"(n + {block - 1}) // {block}"):
             rows = [source.let("row", f"T.min(block * {block} + {index}, n - 1)") for index in range(block)]
             if width > panels:
-                tiles = [tile([name], rows)[0] for name in names]
+                outputs = [_kept(source, isa, tile([name], rows)[0]) for name in names]
             else:
-                tiles = tile(names, rows)
-            for index, row in enumerate(rows):
+                outputs = [_kept(source, isa, results) for results in tile(names, rows)]
+            # A loop, not a line for each token: most of a kernel's text would be the writing of its results.
+            with source.loop("t", block):
+                row = source.let("row", f"T.min(block * {block} + t, n - 1)")
+                values = [f"{output}[{ramp(f't * {PANEL}', PANEL)}]" for output in outputs]
                 if gated:
-                    finish(source, isa, "pair", row, [tiles[0][index], tiles[1][index]], bias, True)
+                    _finish(source, "pair", row, values, bias, True)
                 else:
-                    for panel, name in enumerate(names):
-                        finish(source, isa, name, row, [tiles[panel][index]], bias, False)
+                    for name, value in zip(names, values, strict=True):
+                        _finish(source, name, row, [value], bias, False)
 
 
-def finish(
-    source: Source, isa: Isa, panel: str, row: str, results: Sequence[Sequence[str]], bias: bool, gated: bool
-) -> None:
+def _kept(source: Source, isa: Isa, results: Sequence[Sequence[str]]) -> str:
+    """Emit the storing of one panel's results [token][part] in an array of 16 a token; return its name."""
+    outputs = source.local("outputs", len(results) * PANEL, "float32")
+    for t, parts in enumerate(results):
+        for part, value in enumerate(parts):
+            source.line(f"{outputs}[{ramp(str(t * PANEL + part * isa.lanes), isa.lanes)}] = {value}")
+    return outputs
+
+
+def _finish(source: Source, panel: str, row: str, values: Sequence[str], bias: bool, gated: bool) -> None:
     """Write outputs ``panel * 16``.. of token ``row`` to ``y``, without those beyond the last column N."""
     start = f"{panel} * {PANEL}"
-    outputs = source.local("outputs", PANEL, "float32")
-    for part in range(isa.parts):
-        value = swiglu(source, results[0][part], results[1][part], isa.lanes) if gated else results[0][part]
-        source.line(f"{outputs}[{ramp(str(part * isa.lanes), isa.lanes)}] = {value}")
-    whole = f"{outputs}[{ramp('0', PANEL)}]"
+    value = source.let("value", swiglu(source, *values, PANEL) if gated else values[0])
     with source.block(f"if {start} + {PANEL} <= N"):
-        source.line(f"y[{row}, {ramp(start, PANEL)}] = {whole}" + (f" + bias[{ramp(start, PANEL)}]" if bias else ""))
-    with source.block("else"), source.loop("column", f"N - {start}"):
-        value = f"{outputs}[column]" + (f" + bias[{start} + column]" if bias else "")
-        source.line(f"y[{row}, {start} + column] = {value}")
+        source.line(f"y[{row}, {ramp(start, PANEL)}] = {value}" + (f" + bias[{ramp(start, PANEL)}]" if bias else ""))
+    with source.block("else"):
+        rest = source.local("rest", PANEL, "float32")
+        source.line(f"{rest}[{ramp('0', PANEL)}] = {value}")
+        with source.loop("column", f"N - {start}"):
+            single = f"{rest}[column]" + (f" + bias[{start} + column]" if bias else "")
+            source.line(f"y[{row}, {start} + column] = {single}")

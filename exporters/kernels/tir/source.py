@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 Extent = int | str
@@ -84,9 +85,14 @@ class Source:
 
     def build(self) -> Any:
         """Parse the text into a tvm PrimFunc."""
-        import tvm
+        return _parse(self.text())
 
-        return tvm.script.from_source(self.text())
+
+@cache  # parsing is slow, and kernels for different widths often have the same text
+def _parse(text: str) -> Any:
+    import tvm
+
+    return tvm.script.from_source(text)
 
 
 def ramp(start: str, lanes: int) -> str:
