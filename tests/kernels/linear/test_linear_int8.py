@@ -57,7 +57,7 @@ def test_close_to_the_definition_in_every_form(isa: str, case: Case) -> None:
     y = product(case, isa, 17)
     wanted = expected(case, 17)
     np.testing.assert_allclose(y, wanted, rtol=2e-5, atol=2e-6 * np.abs(wanted).max())
-    codes, x = activations(case, 17)
+    _, x = activations(case, 17)
     weight = sample(case)
     for row in range(17):
         alone = [part[row : row + 1] for part in x]
@@ -87,7 +87,8 @@ def test_bytes_at_their_limits_do_not_saturate(isa: str) -> None:
     x = np.full((2, 256), -127, np.int8)
     x[1] = 127
     sums = x.reshape(2, 2, 128).sum(axis=2, dtype=np.int32)
-    y = run(linear_int8, isa, "many", case.options, [x, scales, sums, worst, weight.packed[1]], [((2, 45), "float32")])[0]
+    inputs = [x, scales, sums, worst, weight.packed[1]]
+    y = run(linear_int8, isa, "many", case.options, inputs, [((2, 45), "float32")])[0]
     np.testing.assert_array_equal(y, np.repeat([[128.0 * 127 * 256], [-128.0 * 127 * 256]], 45, axis=1))
 
 
