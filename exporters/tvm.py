@@ -18,7 +18,7 @@ import torch
 import arkinfer
 from arkinfer.artifact import tensors
 from arkinfer.errors import InternalError, UnsupportedError
-from arkinfer.exporters import refusals
+from arkinfer.exporters import compiled, refusals
 from arkinfer.exporters.base import BuildOptions, Payload, Progress, WeightSource
 from arkinfer.exporters.kernels.tir import pack
 from arkinfer.exporters.lowering import Lowering, Stored
@@ -49,12 +49,20 @@ class TvmExporter:
         progress: Progress,
     ) -> Payload:
         """Compile in one process per level while this one packs the weights."""
+        if absent := [tool for tool in TOOLS if not _installed(tool)]:
+            raise UnsupportedError(
+                f"building for the target {target.name} needs {', '.join(absent)}", hint="pip install 'arkinfer[build]'", code="ARK-E312"
+            )
         lowering = Lowering(model, options)
         program = lowering.run()
+        toolchain = {tool: metadata.version(tool) for tool in TOOLS}
+        text = program.to_json()
+        names = {isa: compiled.key(text, isa, json.dumps(toolchain, sort_keys=True)) for isa in target.arch}
+        missing = [isa for isa in target.arch if not compiled.fetch(names[isa], path(f"payload/{isa}.so"))]
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "program.json"
-            source.write_text(program.to_json(), encoding="utf-8")
-            compilers = [(isa, _compile(source, isa, path(f"payload/{isa}.so"))) for isa in target.arch]
+            source.write_text(text, encoding="utf-8")
+            compilers = [(isa, _compile(source, isa, path(f"payload/{isa}.so"))) for isa in missing]
             try:
                 _write_weights(program, lowering.stored, weights, path(WEIGHTS), progress)
                 progress("compile", 0, len(compilers))
@@ -62,6 +70,7 @@ class TvmExporter:
                     _, log = compiler.communicate()
                     if compiler.returncode:
                         raise _compiler_failed(isa, compiler.returncode, log)
+                    compiled.keep(names[isa], path(f"payload/{isa}.so"))
                     progress("compile", done, len(compilers))
             finally:
                 for _, compiler in compilers:
@@ -71,12 +80,19 @@ class TvmExporter:
         path("payload/program.txt").write_text(program.dump(), encoding="utf-8")
         plan = _plan(model, program, target, options)
         path("payload/plan.json").write_text(json.dumps(plan, sort_keys=True, indent=1) + "\n", encoding="utf-8")
-        toolchain = {tool: metadata.version(tool) for tool in TOOLS}
         return Payload({**toolchain, "torch": torch.__version__.split("+")[0]}, {"max_context": options.context})
 
     def weights(self, model: ModelGraph, file: Callable[[str], Path]) -> WeightSource:
         """Return the weights of an artifact in canonical form, unpacked from the kernels' layout."""
         return _ArtifactWeights(model, tensors.load(file(WEIGHTS)))
+
+
+def _installed(tool: str) -> bool:
+    try:
+        metadata.version(tool)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _compile(source: Path, isa: str, out: Path) -> subprocess.Popen[str]:
@@ -90,10 +106,6 @@ def _compile(source: Path, isa: str, out: Path) -> subprocess.Popen[str]:
 def _compiler_failed(isa: str, code: int, log: str) -> Exception:
     lines = [line for line in log.splitlines() if line.strip()]
     facts = {"level": isa, "exit status": code, "last words": lines[-1] if lines else "none"}
-    if any(f"No module named '{name}'" in log for name in ("tvm", "tvm_ffi", "ziglang")):
-        return UnsupportedError(
-            "building for this target needs apache-tvm and ziglang", facts=facts, hint="pip install 'arkinfer[build]'", code="ARK-E312"
-        )
     return InternalError("the compiler failed", facts=facts, hint="report this with the model's config.json", code="ARK-E710")
 
 
