@@ -76,6 +76,17 @@ def test_folders_load_only_their_libraries(folder: str) -> None:
     assert not wrong
 
 
+def test_nothing_opens_a_network_connection() -> None:
+    network = {"socket", "ssl", "http", "urllib", "ftplib", "smtplib", "xmlrpc", "asyncio", "socketserver"}
+    wrong = [
+        f"{file.relative_to(ROOT)}:{line} imports {name}"
+        for file in files(*SHIPPED)
+        for name, line, _ in imports(file)
+        if name.split(".")[0] in network
+    ]
+    assert not wrong
+
+
 def test_light_modules_do_not_import_torch() -> None:
     wrong = []
     for file in files("arkinfer"):
