@@ -55,7 +55,9 @@ class Checkpoint:
         try:
             value = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise UserError(f"{self.path} has no {name}", hint="point at the folder that holds it", code="ARK-E122") from error
+            raise UserError(
+                f"{self.path} has no {name}", hint="point at the folder that holds it", code="ARK-E122"
+            ) from error
         except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise UserError(f"{file} is not valid JSON", facts={"reason": error}, code="ARK-E122") from error
         if not isinstance(value, dict):
@@ -100,18 +102,26 @@ class Checkpoint:
         for name in names:
             for tensor, entry in read_header(self.path / name).items():
                 if tensor in entries:
-                    raise UserError(f"tensor {tensor} is in two files", facts={"files": f"{entries[tensor].file.name}, {name}"})
+                    raise UserError(
+                        f"tensor {tensor} is in two files", facts={"files": f"{entries[tensor].file.name}, {name}"}
+                    )
                 entries[tensor] = entry
         absent = sorted(set(weight_map or ()) - set(entries))
         if absent:
-            raise UserError(f"the index names {len(absent)} tensors that no file holds", facts={"first": absent[0]}, code="ARK-E123")
+            raise UserError(
+                f"the index names {len(absent)} tensors that no file holds", facts={"first": absent[0]}, code="ARK-E123"
+            )
         return entries
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return one tensor as a read-only view of the mapped file, in its stored dtype and shape."""
         entry = self.entries.get(name)
         if entry is None:
-            raise UserError(f"the checkpoint has no tensor {name}", facts={"nearest": nearest(name, list(self.entries))}, code="ARK-E124")
+            raise UserError(
+                f"the checkpoint has no tensor {name}",
+                facts={"nearest": nearest(name, list(self.entries))},
+                code="ARK-E124",
+            )
         dtype = DTYPES[entry.dtype]
         if entry.nbytes == 0:
             return torch.empty(entry.shape, dtype=dtype)

@@ -6,18 +6,22 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx
 
-import arkinfer.ops.attention  # noqa: F401  (registers arkinfer::attention)
-import arkinfer.ops.linear  # noqa: F401
+import arkinfer.ops.attention
+import arkinfer.ops.linear
 import arkinfer.ops.rope  # noqa: F401
-from arkinfer.config import ModelConfig
 from arkinfer import models
+from arkinfer.config import ModelConfig
+from arkinfer.models.decoder import CausalLM
 from arkinfer.ops.attention import LayerCache, new_caches
 from arkinfer.quant.packed import Packed
+
+# fx types the arguments of a node as a union of twenty types; Any says as much without a cast at every use.
+Node: TypeAlias = Any
 
 STEP_INPUTS = ("tokens", "positions", "rows")
 _SPARSE, _GEAR = 14, 22  # places of `sparse` and `dense_len` among the arguments of arkinfer::attention
@@ -39,7 +43,9 @@ class Weight:
         """Return the weight that stacks ``parts`` along the output axis, named after all of them."""
         stem, leaves = _common_stem([part.name for part in parts])
         rows = sum(part.shape[0] for part in parts)
-        return Weight(stem + "_".join(leaves), tuple(s for part in parts for s in part.sources), (rows, *parts[0].shape[1:]))
+        return Weight(
+            stem + "_".join(leaves), tuple(s for part in parts for s in part.sources), (rows, *parts[0].shape[1:])
+        )
 
 
 def _common_stem(names: Sequence[str]) -> tuple[str, list[str]]:
@@ -69,7 +75,7 @@ class ModelGraph:
     weights: dict[str, Weight] = field(default_factory=dict)  # placeholder name -> weight
     constants: dict[str, torch.Tensor] = field(default_factory=dict)  # placeholder name -> value
 
-    def call(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> fx.Node:
+    def call(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Node:
         """Insert a call at the graph's insertion point and infer its output's shape."""
         node = self.graph.call_function(target, args, dict(kwargs or {}))
         values = fx.map_arg(node.args, lambda item: item.meta["val"])
@@ -83,7 +89,7 @@ class ModelGraph:
         weight: Weight,
         dtype: torch.dtype = torch.float32,
         shape: tuple[int, ...] | None = None,
-    ) -> fx.Node:
+    ) -> Node:
         """Add a weight input of ``dtype`` and ``shape`` (default: the weight's own) and return its placeholder."""
         last = self.placeholders()[-1]
         name = weight.name if weight.part == "weight" else f"{weight.name}_{weight.part}"
@@ -94,7 +100,7 @@ class ModelGraph:
         self.weights[node.name] = weight
         return node
 
-    def weight_of(self, node: fx.Node) -> Weight:
+    def weight_of(self, node: Node) -> Weight:
         """Return the weight that a linear or embedding node reads."""
         index = 0 if node.target is torch.ops.aten.embedding.default else 1
         return self.weights[node.args[index].name]
@@ -103,7 +109,7 @@ class ModelGraph:
         values = (node.meta.get("val") for node in self.graph.nodes)
         return next(value.fake_mode for value in values if isinstance(value, torch._subclasses.FakeTensor))
 
-    def uses(self, node: fx.Node) -> int:
+    def uses(self, node: Node) -> int:
         """Return how many nodes read ``node``."""
         return len(node.users)
 
@@ -114,14 +120,16 @@ class ModelGraph:
                 del self.weights[node.name]
                 self.graph.erase_node(node)
 
-    def placeholders(self) -> list[fx.Node]:
+    def placeholders(self) -> list[Node]:
         return [node for node in self.graph.nodes if node.op == "placeholder"]
 
     def new_caches(self, capacity: int, dtype: torch.dtype) -> list[LayerCache]:
         """Return empty caches for the graph's cache inputs."""
         return new_caches(self.config, capacity, dtype)
 
-    def bind(self, values: Mapping[str, torch.Tensor], caches: Sequence[LayerCache], weights: Any) -> list[torch.Tensor]:
+    def bind(
+        self, values: Mapping[str, torch.Tensor], caches: Sequence[LayerCache], weights: Any
+    ) -> list[torch.Tensor]:
         """Return the arguments of the graph, in order; ``weights.packed(weight)`` gives each weight's tensors."""
         tensors = dict(zip(self.caches, (tensor for cache in caches for tensor in cache), strict=True))
         tensors.update(self.constants)
@@ -139,7 +147,7 @@ class ModelGraph:
 
     def with_attention(self, attention: str) -> ModelGraph:
         """Return a copy whose attention is "dense" or "sparse" throughout; "auto" keeps each row's own gear."""
-        mapping: dict[fx.Node, fx.Node] = {}
+        mapping: dict[Node, Node] = {}
         graph = fx.Graph()
         graph.output(graph.graph_copy(self.graph, mapping))
         if attention != "auto":
@@ -154,7 +162,9 @@ class ModelGraph:
     def residuals(self) -> dict[str, str]:
         """Return the nodes that hold the residual stream after each layer: node name -> ``layer.N``."""
         sums = [node for node in self.graph.nodes if node.target is torch.ops.arkinfer.add_rms_norm.default]
-        streams = [next(user for user in node.users if user.args[1] == 0) if _first_used(node) else None for node in sums]
+        streams = [
+            next(user for user in node.users if user.args[1] == 0) if _first_used(node) else None for node in sums
+        ]
         after_mlp = [node for index, node in enumerate(streams) if index % 2 == 1 and node is not None]
         return {node.name: f"layer.{index}" for index, node in enumerate(after_mlp)}
 
@@ -163,7 +173,7 @@ class ModelGraph:
         config = self.config
         symbols = self._symbols()
 
-        def described(node: fx.Node) -> str:
+        def described(node: Node) -> str:
             return re.sub(r"\bs\d+\b", lambda match: symbols.get(match.group(), match.group()), _type(node))
 
         lines = [
@@ -188,10 +198,9 @@ class ModelGraph:
         names: dict[str, str] = {}
         for node in self.placeholders():
             value = node.meta.get("val")
-            for size in value.shape if isinstance(value, torch.Tensor) else ():
-                name = {"tokens": "n", "rows": "r"}.get(node.name, f"c{len(names)}")
-                if not isinstance(size, int):
-                    names.setdefault(str(size), name)
+            for size in map(str, value.shape if isinstance(value, torch.Tensor) else ()):
+                if not size.isdigit():
+                    names.setdefault(size, {"tokens": "n", "rows": "r"}.get(node.name, f"c{len(names)}"))
         return names
 
     def digest(self) -> str:
@@ -207,14 +216,14 @@ class ModelGraph:
         return dict(sorted(counts.items()))
 
 
-def _first_used(node: fx.Node) -> bool:
+def _first_used(node: Node) -> bool:
     return any(user.args[1] == 0 for user in node.users)
 
 
-def _target(node: fx.Node) -> str:
+def _target(node: Node) -> str:
     if isinstance(node.target, torch._ops.OpOverload):
-        return node.target.name().replace("::", ".")
-    return getattr(node.target, "__name__", str(node.target))
+        return str(node.target).removesuffix(".default")
+    return str(getattr(node.target, "__name__", node.target))
 
 
 def _text(value: Any) -> str:
@@ -225,7 +234,7 @@ def _text(value: Any) -> str:
     return repr(value) if isinstance(value, str) else str(value)
 
 
-def _type(node: fx.Node) -> str:
+def _type(node: Node) -> str:
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(str(size) for size in value.shape)}]"
@@ -243,12 +252,14 @@ def _type_of(value: object) -> str:
 class _Step(torch.nn.Module):
     """One decoder step over explicit state: what is exported."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: CausalLM) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, caches: list[LayerCache]) -> torch.Tensor:
-        hidden = self.model(tokens, positions, caches)
+    def forward(
+        self, tokens: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, caches: list[LayerCache]
+    ) -> torch.Tensor:
+        hidden: torch.Tensor = self.model(tokens, positions, caches)
         return self.model.head(hidden.index_select(0, rows))
 
 
@@ -270,8 +281,12 @@ def capture(config: ModelConfig, context: int, kv: str = "fp16") -> ModelGraph:
             return None if tensor is None else {}
         return {1: room if tensor.shape[1] == _CAPACITY else torch.export.Dim.AUTO}
 
-    shapes = ({0: count}, {0: count}, {0: rows}, [type(cache)(*map(growing, cache)) for cache in caches])
-    exported = torch.export.export(_Step(module), (tokens, torch.empty_like(tokens), wanted, caches), dynamic_shapes=shapes, strict=False)
+    # A tree of the inputs' shape with the growing axes in the places of the tensors.
+    dynamic: list[Any] = [LayerCache._make(map(growing, cache)) for cache in caches]
+    shapes = ({0: count}, {0: count}, {0: rows}, dynamic)
+    exported = torch.export.export(
+        _Step(module), (tokens, torch.empty_like(tokens), wanted, caches), dynamic_shapes=shapes, strict=False
+    )
     signature = exported.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     tied = {"model.lm_head.weight": "model.model.embed_tokens.weight"} if config.tie_embeddings else {}
@@ -291,7 +306,7 @@ def capture(config: ModelConfig, context: int, kv: str = "fp16") -> ModelGraph:
 
 def _merge_tied(model: ModelGraph) -> None:
     """Let every reader of a tied weight read one input."""
-    first: dict[tuple[str, ...], fx.Node] = {}
+    first: dict[tuple[str, ...], Node] = {}
     for node in model.placeholders():
         weight = model.weights.get(node.name)
         if weight is None:

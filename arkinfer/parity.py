@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from arkinfer.backends.base import Rows
 from arkinfer.errors import ParityError
 from arkinfer.reference import Reference
 
@@ -96,17 +97,21 @@ class Stepper(Protocol):
     """The part of an Executor that verification needs."""
 
     def new_state(self, capacity: int | None = None) -> Any: ...
-    def step(self, tokens: Sequence[int], state: Any, logits: str = "last") -> np.ndarray: ...
+    def step(self, tokens: Sequence[int], state: Any, logits: Rows = "last") -> np.ndarray: ...
     def trace(self, tokens: Sequence[int], state: Any) -> Mapping[str, np.ndarray]: ...
 
 
-def windows(encode: Callable[[str], Sequence[int]], vocabulary: int, suite: str, limit: int) -> tuple[list[list[int]], str]:
+def windows(
+    encode: Callable[[str], Sequence[int]], vocabulary: int, suite: str, limit: int
+) -> tuple[list[list[int]], str]:
     """Return token windows of at most ``limit`` tokens that together hold the suite's positions, and their digest.
 
     The texts are English, Chinese and code; later windows join their paragraphs in other orders. A tokenizer that maps
     most of them to one token (a word list of a constructed model) gets seeded random tokens instead.
     """
-    paragraphs = [part for file in sorted(TEXTS.glob("*.txt")) for part in re.split(r"\n\s*\n", file.read_text("utf-8"))]
+    paragraphs = [
+        part for file in sorted(TEXTS.glob("*.txt")) for part in re.split(r"\n\s*\n", file.read_text("utf-8"))
+    ]
     wanted, size = SUITES[suite], min(WINDOW, limit)
     sample = list(encode("\n\n".join(paragraphs)))
     random_tokens = len(set(sample)) < 64
@@ -135,11 +140,12 @@ def divergence(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
 
     def log_softmax(logits: np.ndarray) -> np.ndarray:
         shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-        return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+        result: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+        return result
 
     ours, theirs = log_softmax(reference), log_softmax(other)
-    result: np.ndarray = (np.exp(ours) * (ours - theirs)).sum(axis=1)
-    return np.maximum(result, 0)
+    result: np.ndarray = np.maximum((np.exp(ours) * (ours - theirs)).sum(axis=1), 0)
+    return result
 
 
 @dataclass(frozen=True)
@@ -166,13 +172,19 @@ def _rows(reference: Reference, other: Any, found: Sequence[Sequence[int]], prog
             finite = finite and bool(np.isfinite(got).all())
             got = np.nan_to_num(got)
             two = np.partition(right, -2, axis=1)[:, -2:]
-            row = (divergence(right, got), np.abs(right - got).max(axis=1), right.argmax(axis=1) == got.argmax(axis=1), two[:, 1] - two[:, 0])
+            row = (
+                divergence(right, got),
+                np.abs(right - got).max(axis=1),
+                right.argmax(axis=1) == got.argmax(axis=1),
+                two[:, 1] - two[:, 0],
+            )
             for column, values in zip(columns, row, strict=True):
                 column.append(values)
             done += len(chunk)
             if progress is not None:
                 progress("verify", done, total)
-    return _Rows(*(np.concatenate(column) for column in columns), finite=finite)
+    kl, difference, agreed, margin = (np.concatenate(column) for column in columns)
+    return _Rows(kl, difference, agreed, margin, finite)
 
 
 def compare(

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import arkinfer
 from arkinfer import backends, exporters, passes, targets
 from arkinfer import graph as graphs
@@ -17,17 +19,19 @@ from arkinfer.artifact import Artifact, Writer
 from arkinfer.checkpoint import Checkpoint
 from arkinfer.config import ModelConfig
 from arkinfer.errors import UnsupportedError, UserError, nearest
-from arkinfer.exporters.base import BuildOptions, Exporter, WeightSource
+from arkinfer.exporters.base import BuildOptions
 from arkinfer.graph import ModelGraph
 from arkinfer.passes import formats
-from arkinfer.reference import Reference
+from arkinfer.reference import Reference, WeightSource
 from arkinfer.runtime.tokenizer import Tokenizer
 from arkinfer.weights import CheckpointWeights, dtypes
 
 Progress = Callable[[str, int, int], None]
 KV = ("fp32", "fp16", "int8")
 ATTENTION = ("auto", "dense", "sparse")
-_FLOAT_WEIGHTS = "int8"  # what `auto` makes of a checkpoint that is neither quantised nor ternary, unless the target says
+_FLOAT_WEIGHTS = (
+    "int8"  # what `auto` makes of a checkpoint that is neither quantised nor ternary, unless the target says
+)
 
 
 @dataclass(frozen=True)
@@ -42,9 +46,15 @@ def _quiet(stage: str, done: int, total: int) -> None:
     pass
 
 
-def lower(config: ModelConfig, context: int, recipe: formats.Recipe | Callable[[ModelGraph], formats.Recipe], kinds: Mapping[str, Any]) -> Lowered:
+def lower(
+    config: ModelConfig,
+    context: int,
+    recipe: formats.Recipe | Callable[[ModelGraph], formats.Recipe],
+    kinds: Mapping[str, Any],
+    kv: str,
+) -> Lowered:
     """Capture the graph of ``config`` and run the passes; ``kinds`` are the dtypes of the checkpoint's tensors."""
-    graph = graphs.capture(config, context)
+    graph = graphs.capture(config, context, kv)
     missing = sorted({source for weight in graph.weights.values() for source in weight.sources} - set(kinds))
     if missing:
         raise UserError(
@@ -98,7 +108,7 @@ def build(
         def recipe(graph: ModelGraph) -> formats.Recipe:
             return formats.choose(weights, fallback, graph, _Tensors(checkpoint), activations)
 
-        lowered = lower(checkpoint.config, options.context, recipe, kinds)
+        lowered = lower(checkpoint.config, options.context, recipe, kinds, options.kv)
         report("graph", 1, 1)
         refused = exporter.support(lowered.graph, description, options)
         if refused:
@@ -146,9 +156,9 @@ def verify_artifact(artifact: Artifact, suite: str = "fast", progress: Progress 
     """Verify a sealed artifact against the torch reference, with the weights that the artifact itself holds."""
     manifest = artifact.manifest
     config = ModelConfig.from_json(manifest.model["config"])
-    kinds = {name: getattr(graphs.torch, kind) for name, kind in manifest.model["dtypes"].items()}
+    kinds = {name: getattr(torch, kind) for name, kind in manifest.model["dtypes"].items()}
     recipe = formats.Recipe(manifest.weights, manifest.activations, manifest.model["ternary_groups"])
-    lowered = lower(config, manifest.context, recipe, kinds)
+    lowered = lower(config, manifest.context, recipe, kinds, manifest.kv)
     exporter = exporters.get(manifest.backend)
     options = BuildOptions(manifest.kv, manifest.attention, manifest.context)
     source = exporter.weights(lowered.graph, artifact.file)
@@ -169,7 +179,9 @@ def _compare(
         executor.close()
 
 
-def _options(config: ModelConfig, target: targets.Target, kv: str | None, attention: str, context: int | None) -> BuildOptions:
+def _options(
+    config: ModelConfig, target: targets.Target, kv: str | None, attention: str, context: int | None
+) -> BuildOptions:
     kv = kv or target.defaults.kv or "fp16"
     if kv not in KV:
         raise UserError(f"unknown kv {kv!r}", hint=nearest(kv, KV), code="ARK-E133")
@@ -263,6 +275,3 @@ def describe(model: str | Path) -> dict[str, Any]:
         "bytes_by_dtype": stored,
         "config": config,
     }
-
-
-__all__ = ["Exporter", "build", "describe", "lower", "verify_artifact"]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from arkinfer.backends.base import Rows
 from arkinfer.graph import ModelGraph, Weight
 from arkinfer.ops.attention import LayerCache
 from arkinfer.quant.packed import Packed
@@ -84,13 +85,13 @@ class Reference:
     def new_state(self, capacity: int) -> ReferenceState:
         return ReferenceState(self._model.new_caches(capacity, _KV[self._kv]), capacity)
 
-    def step(self, tokens: Sequence[int], state: ReferenceState, logits: str = "last") -> np.ndarray:
+    def step(self, tokens: Sequence[int], state: ReferenceState, logits: Rows = "last") -> np.ndarray:
         """Append ``tokens`` and return float32 logits (rows, vocab): of all rows or the last."""
         arguments = self._arguments(tokens, state, range(len(tokens)) if logits == "all" else [len(tokens) - 1])
         with torch.no_grad():
-            (logits,) = self._module(*arguments)
+            (result,) = self._module(*arguments)
         state.length += len(tokens)
-        values: np.ndarray = logits.float().numpy()
+        values: np.ndarray = result.float().numpy()
         return values
 
     def trace(self, tokens: Sequence[int], state: ReferenceState, names: Mapping[str, str]) -> dict[str, np.ndarray]:

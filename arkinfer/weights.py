@@ -38,7 +38,9 @@ class CheckpointWeights:
         parts = [self._checkpoint.tensor(source) for source in weight.sources]
         rows = sum(part.shape[0] for part in parts)
         if (rows, *parts[0].shape[1:]) != weight.shape:
-            shapes = ", ".join(f"{source} {list(part.shape)}" for source, part in zip(weight.sources, parts, strict=True))
+            shapes = ", ".join(
+                f"{source} {list(part.shape)}" for source, part in zip(weight.sources, parts, strict=True)
+            )
             raise UserError(
                 "a weight does not have the shape that config.json implies",
                 facts={"expected": list(weight.shape), "found": shapes},
@@ -65,7 +67,9 @@ class CheckpointWeights:
         with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
             pieces = list(pool.map(quantise, slices))
         scales = torch.cat([piece.scales for piece in pieces if piece.scales is not None])
-        return Packed(weight.format, weight.group, weight.shape[:2], torch.cat([piece.weight for piece in pieces]), scales)
+        return Packed(
+            weight.format, weight.group, (rows, weight.shape[1]), torch.cat([piece.weight for piece in pieces]), scales
+        )
 
 
 def dtypes(checkpoint: Checkpoint) -> Mapping[str, torch.dtype]:

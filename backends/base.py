@@ -55,6 +55,10 @@ class Executor(ABC):
         when a token is outside the vocabulary or the state would overflow.
         """
 
+    def trace(self, tokens: Sequence[int], state: State) -> Mapping[str, np.ndarray]:
+        """Append ``tokens`` like ``step`` and return inner values by name, see ``tap``."""
+        raise UnsupportedError(f"the {type(self).__name__} shows no inner values", code="ARK-E320")
+
     @abstractmethod
     def tap(self, names: Sequence[str]) -> Mapping[str, np.ndarray]:
         """Return inner values of the last traced step by name: ``layer.N`` is (tokens, hidden) after layer N."""

@@ -71,7 +71,8 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
     buffer = np.zeros(nbytes + 64, np.uint8)
     offset = -buffer.ctypes.data % 64
-    return buffer[offset : offset + nbytes].view(dtype).reshape(shape)
+    array: np.ndarray = buffer[offset : offset + nbytes].view(dtype).reshape(shape)
+    return array
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,10 @@ class TvmExecutor(Executor):
         if not self.isa:
             raise UnsupportedError(
                 "this artifact holds no code for this processor",
-                facts={"artifact": ", ".join(plan["isa"]), "this machine": ", ".join(usable) or "none that arkinfer knows"},
+                facts={
+                    "artifact": ", ".join(plan["isa"]),
+                    "this machine": ", ".join(usable) or "none that arkinfer knows",
+                },
                 hint="build again for a target whose arch lists one of this machine's levels",
                 code="ARK-E311",
             )
@@ -282,13 +286,12 @@ class TvmExecutor(Executor):
         """Return the bytes that one decode step must read at a context of ``depth`` tokens: weights and caches."""
         entry = self.plan["bytes"]
         visible = depth + 1
-        per_token = entry["kv_per_token"]
-        total = int(entry["weights"])
+        per_token, total = int(entry["kv_per_token"]), int(entry["weights"])
         if visible < self._gear or self.plan["sparse"] is None:
             return total + visible * per_token
         sparse = self.plan["sparse"]
         chosen = min(visible, (sparse["topk"] + sparse["window_size"] // sparse["block_size"]) * sparse["block_size"])
-        return total + chosen * per_token + int(visible * entry["compressed_per_token"])
+        return int(total + chosen * per_token + visible * entry["compressed_per_token"])
 
     def prefill_ops(self, tokens: int, depth: int) -> int:
         """Return the multiply and add operations of the linear layers for ``tokens`` prompt tokens (attention excluded)."""

@@ -8,13 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import fx
 
 from arkinfer.errors import InternalError
 from arkinfer.exporters.base import BuildOptions
 from arkinfer.exporters.kernels.tir import layout
 from arkinfer.exporters.program import Argument, Call, Program, Value
-from arkinfer.graph import ModelGraph, Weight
+from arkinfer.graph import ModelGraph, Node, Weight
 from arkinfer.quant.packed import group_extent
 
 aten = torch.ops.aten
@@ -41,10 +40,10 @@ class Lowering:
         self.model, self.options, self.config = model, options, model.config
         self.program = Program()
         self.stored: dict[str, Stored] = {}  # parameter name -> origin
-        self.names: dict[fx.Node, str] = {}
-        self.quantised: dict[tuple[fx.Node, layout.Grouping], list[str]] = {}
+        self.names: dict[Node, str] = {}
+        self.quantised: dict[tuple[Node, layout.Grouping], list[str]] = {}
         self.layer = 0
-        self.rules: Mapping[Any, Callable[[fx.Node], None]] = {
+        self.rules: Mapping[Any, Callable[[Node], None]] = {
             ark.embedding.default: self._embedding,
             aten.embedding.default: self._embedding,
             ark.linear.default: self._linear,
@@ -83,7 +82,7 @@ class Lowering:
         program.taps = [(public, self.names[node]) for node in self.model.graph.nodes if (public := self._tap(node))]
         return program
 
-    def _tap(self, node: fx.Node) -> str | None:
+    def _tap(self, node: Node) -> str | None:
         return self.model.residuals().get(node.name) if node.target is operator.getitem else None
 
     def _caches(self) -> list[Value]:
@@ -95,7 +94,10 @@ class Lowering:
         ]
         real = "float16" if kind == "int8" else kind
         if kind == "int8":
-            values += [Value("k_scale", "float32", (layers, heads, "capacity")), Value("v_scale", "float32", (layers, heads, "capacity"))]
+            values += [
+                Value("k_scale", "float32", (layers, heads, "capacity")),
+                Value("v_scale", "float32", (layers, heads, "capacity")),
+            ]
         if config.sparse is not None:
             values += [
                 Value("fine", real, (layers, heads, "fine_panels", dim, PANEL)),
@@ -110,7 +112,14 @@ class Lowering:
     def _value(self, name: str, dtype: str, *shape: int | str) -> Value:
         return Value(name, dtype, shape)
 
-    def _call(self, kernel: str, options: Mapping[str, Any], inputs: list[Argument], *outputs: Value, mutates: tuple[str, ...] = ()) -> None:
+    def _call(
+        self,
+        kernel: str,
+        options: Mapping[str, Any],
+        inputs: list[Argument],
+        *outputs: Value,
+        mutates: tuple[str, ...] = (),
+    ) -> None:
         self.program.calls.append(Call(kernel, dict(options), tuple(inputs), outputs, mutates))
 
     def _parameter(self, name: str, dtype: str, shape: tuple[int, ...], origin: Stored) -> str:
@@ -119,12 +128,12 @@ class Lowering:
             self.stored[name] = origin
         return name
 
-    def _vector(self, node: fx.Node) -> str:
+    def _vector(self, node: Node) -> str:
         """Return the parameter of a norm weight or bias, stored as float32."""
         weight = self.model.weights[node.name]
         return self._parameter(f"{weight.name}:vector", "float32", tuple(weight.shape), Stored(weight, "vector"))
 
-    def _matrix(self, node: fx.Node, gated: bool = False) -> tuple[list[str], dict[str, Any]]:
+    def _matrix(self, node: Node, gated: bool = False) -> tuple[list[str], dict[str, Any]]:
         """Return the parameters of a panel-packed matrix and the kernel options that describe it."""
         weight = self.model.weights[node.name]
         rows, width = weight.shape
@@ -134,7 +143,10 @@ class Lowering:
             dtype = _DTYPES[node.meta["val"].dtype]
             stored = "uint16" if dtype == "bfloat16" else dtype
             origin = Stored(weight, "weight", gated)
-            return [self._parameter(f"{stem}.weight", stored, (panels, width, PANEL), origin)], {"format": "dense", "dtype": dtype}
+            return [self._parameter(f"{stem}.weight", stored, (panels, width, PANEL), origin)], {
+                "format": "dense",
+                "dtype": dtype,
+            }
         grouping = layout.grouping(weight.format, weight.group, width)
         chunks = grouping.padded_width(width) // layout.code_format(weight.format).inputs
         kind = self._scales_dtype(weight)
@@ -155,15 +167,15 @@ class Lowering:
 
     # Rules
 
-    def _skip(self, node: fx.Node) -> None:
+    def _skip(self, node: Node) -> None:
         """Nothing to emit: the value is a view, or a consumer's rule absorbs it."""
 
-    def _flatten(self, node: fx.Node) -> None:
+    def _flatten(self, node: Node) -> None:
         out = Value(node.name, "float32", ("n", node.meta["val"].shape[1]))
         self._call("reshape", {}, [self.names[node.args[0]]], out)
         self.names[node] = out.name
 
-    def _embedding(self, node: fx.Node) -> None:
+    def _embedding(self, node: Node) -> None:
         packed = node.target is ark.embedding.default
         table = node.args[1] if packed else node.args[0]
         scale = float(node.args[5]) if packed else 1.0
@@ -172,28 +184,28 @@ class Lowering:
         self._call("embedding", {**options, "scale": scale}, ["tokens", *parameters], out)
         self.names[node] = out.name
 
-    def _rows(self, node: fx.Node) -> str:
+    def _rows(self, node: Node) -> str:
         """Return "n" or "r": whether ``node`` has a row per token or per wanted row."""
         return "r" if node in self._after_take else "n"
 
     @property
-    def _after_take(self) -> set[fx.Node]:
+    def _after_take(self) -> set[Node]:
         if not hasattr(self, "_taken"):
-            taken: set[fx.Node] = set()
+            taken: set[Node] = set()
             for node in self.model.graph.nodes:
                 if node.target is aten.index_select.default or any(source in taken for source in node.all_input_nodes):
                     taken.add(node)
             self._taken = taken
         return self._taken
 
-    def _quantise(self, node: fx.Node, grouping: layout.Grouping) -> list[str]:
+    def _quantise(self, node: Node, grouping: layout.Grouping) -> list[str]:
         """Return the int8 form of ``node``'s value (codes, scales, sums), quantising it unless that was done."""
         if (node, grouping) not in self.quantised:
             outputs = self._quantised(node, self._rows(node), grouping)
             self._call("quantize", {"groups": asdict(grouping)}, [self.names[node]], *outputs)
         return self.quantised[node, grouping]
 
-    def _quantised(self, node: fx.Node, rows: str, grouping: layout.Grouping) -> tuple[Value, Value, Value]:
+    def _quantised(self, node: Node, rows: str, grouping: layout.Grouping) -> tuple[Value, Value, Value]:
         """Declare the int8 form of ``node``'s value: codes (rows, stored width), scales and sums per group."""
         width = node.meta["val"].shape[1]
         values = (
@@ -204,7 +216,7 @@ class Lowering:
         self.quantised[node, grouping] = [value.name for value in values]
         return values
 
-    def _linear(self, node: fx.Node) -> None:
+    def _linear(self, node: Node) -> None:
         x, matrix, _, _, _, bias = (list(node.args) + [None] * 6)[:6]
         weight = self.model.weights[matrix.name]
         rows = self._rows(node)
@@ -223,7 +235,7 @@ class Lowering:
             self._call("linear_float", options, [self.names[x], *parameters, *extra], out)
         self.names[node] = out.name
 
-    def _swiglu(self, node: fx.Node) -> None:
+    def _swiglu(self, node: Node) -> None:
         source = node.args[0]
         if self.names[source].endswith(".gated"):
             self.names[node] = self.names[source]
@@ -232,7 +244,7 @@ class Lowering:
         self._call("swiglu", {}, [self.names[source]], out)
         self.names[node] = out.name
 
-    def _grouping(self, node: fx.Node) -> layout.Grouping | None:
+    def _grouping(self, node: Node) -> layout.Grouping | None:
         """Return the grouping if int8 linears that agree on one are all that reads ``node``, else None."""
         found = set()
         for user in node.users:
@@ -241,7 +253,7 @@ class Lowering:
             found.add(layout.grouping(user.args[6], user.args[7], node.meta["val"].shape[1]))
         return found.pop() if len(found) == 1 else None
 
-    def _normed(self, node: fx.Node, kernel: str, options: dict[str, Any], inputs: list[Argument], *before: Value) -> None:
+    def _normed(self, node: Node, kernel: str, options: dict[str, Any], inputs: list[Argument], *before: Value) -> None:
         """Emit a norm whose result is ``node``: directly in int8 where that is all its readers want."""
         grouping = self._grouping(node)
         if grouping is not None:
@@ -252,12 +264,12 @@ class Lowering:
         self._call(kernel, {**options, "groups": None}, inputs, *before, out)
         self.names[node] = out.name
 
-    def _norm(self, node: fx.Node) -> None:
+    def _norm(self, node: Node) -> None:
         x, _, weight, eps = node.args
         if len(node.meta["val"].shape) == 2:  # a norm over heads is absorbed by the attention that reads it
             self._normed(node, "rms_norm", {"eps": float(eps)}, [self.names[x], self._vector(weight)])
 
-    def _add_norm(self, node: fx.Node) -> None:
+    def _add_norm(self, node: Node) -> None:
         residual, delta, weight, scale, eps = node.args
         picked = {user.args[1]: user for user in node.users}
         total = Value(f"{node.name}.sum", "float32", ("n", self.config.hidden_size))
@@ -266,19 +278,19 @@ class Lowering:
         inputs: list[Argument] = [self.names[residual], self.names[delta], self._vector(weight)]
         self._normed(picked[1], "add_rms_norm", {"scale": float(scale), "eps": float(eps)}, inputs, total)
 
-    def _scale(self, node: fx.Node) -> None:
+    def _scale(self, node: Node) -> None:
         source, factor = node.args
         out = self._value(node.name, "float32", self._rows(node), node.meta["val"].shape[1])
         self._call("scale", {"factor": float(factor)}, [self.names[source]], out)
         self.names[node] = out.name
 
-    def _take(self, node: fx.Node) -> None:
+    def _take(self, node: Node) -> None:
         source = node.args[0]
         out = self._value(node.name, "float32", "r", node.meta["val"].shape[1])
         self._call("take_rows", {}, [self.names[source], "rows"], out)
         self.names[node] = out.name
 
-    def _attention(self, node: fx.Node) -> None:
+    def _attention(self, node: Node) -> None:
         config, sparse = self.config, self.config.sparse
         q, k, v = node.args[:3]
         qkv = _source(v)
@@ -292,7 +304,13 @@ class Lowering:
         options = {**shape, "norm_eps": float(norms[0].args[3]) if norms else None, "nope": nope}
         rotated = self._value(f"{node.name}.q", "float32", "n", heads, dim)
         plain = [self._value(f"{node.name}.q_nope", "float32", "n", heads, dim)] if nope else []
-        inputs: list[Argument] = [self.names[qkv], "rotation", *(self._vector(norm.args[2]) for norm in norms), self.layer, "position"]
+        inputs: list[Argument] = [
+            self.names[qkv],
+            "rotation",
+            *(self._vector(norm.args[2]) for norm in norms),
+            self.layer,
+            "position",
+        ]
         written = caches + (["nope"] if nope else [])
         self._call("append", options, [*inputs, *written], rotated, *plain, mutates=tuple(written))
         out = self._value(node.name, "float32", "n", heads, dim)
@@ -304,19 +322,26 @@ class Lowering:
             keys = ["nope"] if nope else ["k", *caches[2:3]]
             source_kv = {"kv": "float16" if kv == "int8" else kv} if nope else {}
             compress = {**shape, **source_kv, "kernel_size": sparse.kernel_size, "kernel_stride": sparse.kernel_stride}
-            self._call("compress", compress, [rotated.name, self.layer, "position", *keys, "fine", "coarse"], mutates=("fine", "coarse"))
+            self._call(
+                "compress",
+                compress,
+                [rotated.name, self.layer, "position", *keys, "fine", "coarse"],
+                mutates=("fine", "coarse"),
+            )
             chosen = self._value(f"{node.name}.blocks", "int32", "n", kv_heads, sparse.budget)
             select = {**shape, **fields, **scale, "init_blocks": sparse.init_blocks, "local_blocks": sparse.local_blocks,
                       "budget": sparse.budget, "local_rule": sparse.local_rule, "lse": sparse.lse}  # fmt: skip
             query = plain[0].name if nope else rotated.name
             self._call("select", select, [query, self.layer, "position", "dense_len", "fine", "coarse"], chosen)
             attend = {**shape, **scale, "block_size": sparse.block_size, "budget": sparse.budget}
-            self._call("attention", attend, [rotated.name, chosen.name, self.layer, "position", "dense_len", *caches], out)
+            self._call(
+                "attention", attend, [rotated.name, chosen.name, self.layer, "position", "dense_len", *caches], out
+            )
         self.names[node] = out.name
         self.layer += 1
 
 
-def _source(node: fx.Node) -> fx.Node:
+def _source(node: Node) -> Node:
     """Return the merged linear that a query, key or value was cut from."""
     while node.target is not ark.linear.default:
         node = node.args[0]

@@ -86,5 +86,7 @@ class Program:
         for call in self.calls:
             options = ", ".join(f"{key}={option}" for key, option in sorted(call.options.items()))
             outputs = ", ".join(f"{output.name}: {output.dtype}{list(output.shape)}" for output in call.outputs)
-            lines.append(f"{outputs or ', '.join(call.mutates)} = {call.kernel}<{options}>({', '.join(map(str, call.inputs))})")
+            lines.append(
+                f"{outputs or ', '.join(call.mutates)} = {call.kernel}<{options}>({', '.join(map(str, call.inputs))})"
+            )
         return "\n".join(lines) + "\n"

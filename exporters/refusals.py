@@ -31,6 +31,8 @@ def reasons(model: ModelGraph, target: Target, options: BuildOptions) -> list[st
         weight = model.weight_of(node)
         group = activation_group(weight.group, weight.shape[1]) if weight.format != "dense" else LANES
         if group % LANES:
-            found.append(f"{weight.name}: groups of {group} inputs are not a multiple of {LANES}; --weights fp16 avoids them")
+            found.append(
+                f"{weight.name}: groups of {group} inputs are not a multiple of {LANES}; --weights fp16 avoids them"
+            )
             break
     return found

@@ -62,12 +62,14 @@ class _Emitter:
             # The caches are returned so that no pass may take the kernels that update them for dead code.
             results = [known[self.program.result]]
             results += [known[inner] for _, inner in self.program.taps] if taps else []
-            self.builder.emit_func_output(relax.Tuple([*results, *(known[value.name] for value in self.program.caches)]))
+            self.builder.emit_func_output(
+                relax.Tuple([*results, *(known[value.name] for value in self.program.caches)])
+            )
 
     def _call(self, call: Call, tokens: str, known: dict[str, Any], scalars: Mapping[str, Any], kind: Any) -> None:
         if call.kernel == "reshape":
             (output,) = call.outputs
-            known[output.name] = self.builder.emit(relax.op.reshape(known[call.inputs[0]], kind(output).shape))
+            known[output.name] = self.builder.emit(relax.op.reshape(known[str(call.inputs[0])], kind(output).shape))
             return
         function = self._function(call, tokens)
 
@@ -86,7 +88,9 @@ class _Emitter:
         places = [list(call.inputs).index(name) for name in names]
         types = [known[name].ty for name in names] + types
         result = self.builder.emit(
-            relax.op.call_tir_inplace(function, arguments, [*places, *[-1] * len(call.outputs)], types if len(types) > 1 else types[0])
+            relax.op.call_tir_inplace(
+                function, arguments, [*places, *[-1] * len(call.outputs)], types if len(types) > 1 else types[0]
+            )
         )
         outputs = [Value(name, "", ()) for name in names] + list(call.outputs)
         self._bind(outputs, result, known)

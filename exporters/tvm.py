@@ -19,12 +19,13 @@ import arkinfer
 from arkinfer.artifact import tensors
 from arkinfer.errors import InternalError, UnsupportedError
 from arkinfer.exporters import compiled, refusals
-from arkinfer.exporters.base import BuildOptions, Payload, Progress, WeightSource
+from arkinfer.exporters.base import BuildOptions, Payload, Progress
 from arkinfer.exporters.kernels.tir import pack
 from arkinfer.exporters.lowering import Lowering, Stored
 from arkinfer.exporters.program import Program, Value
 from arkinfer.graph import ModelGraph, Weight
 from arkinfer.quant.packed import Packed, pack_crumbs, pack_nibbles
+from arkinfer.reference import WeightSource
 from arkinfer.targets import Target
 
 WEIGHTS = "weights-cpu.safetensors"
@@ -51,7 +52,9 @@ class TvmExporter:
         """Compile in one process per level while this one packs the weights."""
         if absent := [tool for tool in TOOLS if not _installed(tool)]:
             raise UnsupportedError(
-                f"building for the target {target.name} needs {', '.join(absent)}", hint="pip install 'arkinfer[build]'", code="ARK-E312"
+                f"building for the target {target.name} needs {', '.join(absent)}",
+                hint="pip install 'arkinfer[build]'",
+                code="ARK-E312",
             )
         lowering = Lowering(model, options)
         program = lowering.run()
@@ -106,11 +109,18 @@ def _compile(source: Path, isa: str, out: Path) -> subprocess.Popen[str]:
 def _compiler_failed(isa: str, code: int, log: str) -> Exception:
     lines = [line for line in log.splitlines() if line.strip()]
     facts = {"level": isa, "exit status": code, "last words": lines[-1] if lines else "none"}
-    return InternalError("the compiler failed", facts=facts, hint="report this with the model's config.json", code="ARK-E710")
+    return InternalError(
+        "the compiler failed", facts=facts, hint="report this with the model's config.json", code="ARK-E710"
+    )
 
 
-def _write_weights(program: Program, stored: dict[str, Stored], weights: WeightSource, file: Path, progress: Progress) -> None:
-    specs = {value.name: tensors.TensorSpec(_DTYPES[value.dtype], tuple(map(int, value.shape))) for value in program.parameters}
+def _write_weights(
+    program: Program, stored: dict[str, Stored], weights: WeightSource, file: Path, progress: Progress
+) -> None:
+    specs = {
+        value.name: tensors.TensorSpec(_DTYPES[value.dtype], tuple(map(int, value.shape)))
+        for value in program.parameters
+    }
 
     def chunks() -> Iterator[tuple[str, Iterable[np.ndarray]]]:
         for index, value in enumerate(program.parameters):
@@ -125,7 +135,7 @@ def _write_weights(program: Program, stored: dict[str, Stored], weights: WeightS
 def _repack(packed: Packed, what: Stored, value: Value) -> Iterable[np.ndarray]:
     """Yield one parameter of the program from a canonical weight, some panels at a time."""
     if what.part == "vector":
-        return [packed.weight.float().numpy().reshape(value.shape)]
+        return [packed.weight.float().numpy().reshape(-1)]
     source = packed.scales if what.part == "scales" else packed.weight
     assert source is not None
     array = source.contiguous().view(torch.uint16).numpy() if source.dtype == torch.bfloat16 else source.numpy()
@@ -155,12 +165,12 @@ class _ArtifactWeights:
         rows = torch.from_numpy(pack.unpack(matrix, self._arrays[f"{stem}.weight"]))
         if weight.format == "dense":
             kind = self._dtypes[weight.name, "weight"]
-            return Packed("dense", 0, weight.shape[:2], rows.view(kind) if kind == torch.bfloat16 else rows)
+            return Packed("dense", 0, (matrix.rows, matrix.width), rows.view(kind) if kind == torch.bfloat16 else rows)
         repack = {"int8": lambda codes: codes, "int4": pack_nibbles, "ternary": pack_crumbs}[weight.format]
         scales = torch.from_numpy(pack.unpack(matrix, self._arrays[f"{stem}.scales"]))
         kind = self._dtypes[weight.name, "scales"]
         scales = scales.view(kind) if kind == torch.bfloat16 else scales
-        return Packed(weight.format, weight.group, weight.shape[:2], repack(rows), scales)
+        return Packed(weight.format, weight.group, (matrix.rows, matrix.width), repack(rows), scales)
 
 
 def _plan(model: ModelGraph, program: Program, target: Target, options: BuildOptions) -> dict[str, Any]:
@@ -174,7 +184,10 @@ def _plan(model: ModelGraph, program: Program, target: Target, options: BuildOpt
     if sparse is not None:
         compressed = row * real / sparse.kernel_stride
         compressed += row * real / sparse.coarse_stride if sparse.lse == "coarse" else 0
-    sizes = {value.name: tensors.TensorSpec(_DTYPES[value.dtype], tuple(map(int, value.shape))).nbytes for value in program.parameters}
+    sizes = {
+        value.name: tensors.TensorSpec(_DTYPES[value.dtype], tuple(map(int, value.shape))).nbytes
+        for value in program.parameters
+    }
     linears = {name for call in program.calls if call.kernel.startswith("linear") for name in call.inputs}
     matrices = [model.weight_of(node) for node in model.graph.nodes if node.target is torch.ops.arkinfer.linear.default]
     frequencies = next(iter(model.constants.values())).float().tolist()
@@ -210,8 +223,19 @@ def _plan(model: ModelGraph, program: Program, target: Target, options: BuildOpt
 def _cache(value: Value, model: ModelGraph) -> dict[str, Any]:
     """Describe one state tensor: -1 marks the axis that grows, by one entry every ``stride`` tokens, ``pack`` to a place."""
     sparse = model.config.sparse
-    strides = {"fine": (sparse.kernel_size, sparse.kernel_stride), "coarse": (sparse.coarse_size, sparse.coarse_stride)} if sparse else {}
+    strides = (
+        {"fine": (sparse.kernel_size, sparse.kernel_stride), "coarse": (sparse.coarse_size, sparse.coarse_stride)}
+        if sparse
+        else {}
+    )
     size, stride = strides.get(value.name, (1, 1))
     shape = [-1 if isinstance(extent, str) else extent for extent in value.shape]
     panels = any(isinstance(extent, str) and extent.endswith("panels") for extent in value.shape)
-    return {"name": value.name, "dtype": value.dtype, "shape": shape, "size": size, "stride": stride, "pack": 16 if panels else 1}
+    return {
+        "name": value.name,
+        "dtype": value.dtype,
+        "shape": shape,
+        "size": size,
+        "stride": stride,
+        "pack": 16 if panels else 1,
+    }

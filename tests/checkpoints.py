@@ -49,7 +49,10 @@ def write_tokenizer(folder: Path, vocabulary: int) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocabulary,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     text = ["the ferry left the harbour when the light on the water was still more grey than gold"] * 4
     tokenizer.train_from_iterator(text, trainer)

@@ -20,7 +20,9 @@ def add_rms_norm(
 
 
 @add_rms_norm.register_fake
-def _(residual: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, scale: float, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _(
+    residual: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, scale: float, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(residual), torch.empty_like(residual)
 
 
@@ -37,7 +39,9 @@ def _(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 @torch.library.custom_op("arkinfer::embedding", mutates_args=())
-def embedding(tokens: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, format: str, group: int, scale: float) -> torch.Tensor:
+def embedding(
+    tokens: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, format: str, group: int, scale: float
+) -> torch.Tensor:
     """Return ``scale`` times the rows ``tokens`` (n,) of a packed table, float32 (n, hidden); formats as in ops.linear."""
     rows = weight[tokens]
     width = rows.shape[1] * {"int4": 2, "ternary": 4}.get(format, 1)
@@ -46,6 +50,8 @@ def embedding(tokens: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor |
 
 
 @embedding.register_fake
-def _(tokens: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, format: str, group: int, scale: float) -> torch.Tensor:
+def _(
+    tokens: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, format: str, group: int, scale: float
+) -> torch.Tensor:
     width = weight.shape[1] * {"int4": 2, "ternary": 4}.get(format, 1)
     return weight.new_empty(tokens.shape[0], width, dtype=torch.float32)

@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 from math import gcd
 
 import torch
-from torch import fx
 
 from arkinfer.errors import UserError, nearest
-from arkinfer.graph import ModelGraph, Weight
+from arkinfer.graph import ModelGraph, Node, Weight
 from arkinfer.quant import ternary
 from arkinfer.quant.integer import group_size
 from arkinfer.quant.packed import group_extent
@@ -57,7 +56,9 @@ class Recipe:
         return "int8", group_size(weight.shape[1], INT8_GROUP), dtype
 
 
-def choose(weights: str, default: str, model: ModelGraph, tensors: Mapping[str, torch.Tensor], activations: str = "auto") -> Recipe:
+def choose(
+    weights: str, default: str, model: ModelGraph, tensors: Mapping[str, torch.Tensor], activations: str = "auto"
+) -> Recipe:
     """Resolve the user's ``weights`` against what the checkpoint holds.
 
     ``auto`` keeps a ternary checkpoint ternary and takes ``default`` otherwise. Raises UserError for unknown names and
@@ -69,7 +70,9 @@ def choose(weights: str, default: str, model: ModelGraph, tensors: Mapping[str, 
         raise UserError(f"activations are auto, int8 or float, not {activations!r}", code="ARK-E131")
     groups: dict[str, int] = {}
     if weights in ("auto", "ternary"):
-        body = [source for node in linears(model) if not is_head(model, node) for source in model.weight_of(node).sources]
+        body = [
+            source for node in linears(model) if not is_head(model, node) for source in model.weight_of(node).sources
+        ]
         for source in body:
             group = ternary.detect(tensors[source])
             if group is None and (weights == "auto" or not groups):
@@ -92,12 +95,12 @@ def choose(weights: str, default: str, model: ModelGraph, tensors: Mapping[str, 
     return Recipe(weights, ("int8" if integer else "float") if activations == "auto" else activations, groups)
 
 
-def linears(model: ModelGraph) -> list[fx.Node]:
+def linears(model: ModelGraph) -> list[Node]:
     """Return the linear nodes in execution order."""
     return [node for node in model.graph.nodes if node.target is ark.linear.default]
 
 
-def is_head(model: ModelGraph, node: fx.Node) -> bool:
+def is_head(model: ModelGraph, node: Node) -> bool:
     """Tell whether ``node`` is the output head: the linear whose width is the vocabulary."""
     return model.weight_of(node).shape[0] == model.config.vocab_size and node is linears(model)[-1]
 
@@ -105,9 +108,9 @@ def is_head(model: ModelGraph, node: fx.Node) -> bool:
 def assign(model: ModelGraph, recipe: Recipe, dtypes: Mapping[str, torch.dtype]) -> ModelGraph:
     """Rewrite linears and embeddings to read packed weights as ``recipe`` says; ``dtypes`` are the checkpoint's."""
     graph = model.graph
-    packed: dict[str, list[fx.Node | None]] = {}  # weight placeholder -> weight, scales
+    packed: dict[str, list[Node | None]] = {}  # weight placeholder -> weight, scales
 
-    def placeholders(node: fx.Node, choice: tuple[str, int, torch.dtype]) -> list[fx.Node | None]:
+    def placeholders(node: Node, choice: tuple[str, int, torch.dtype]) -> list[Node | None]:
         if node.name not in packed:
             weight = model.weights[node.name]
             form, group, dtype = choice

@@ -9,13 +9,13 @@ import torch
 from torch import fx
 
 import arkinfer.ops.fused  # noqa: F401  (registers the operators that these passes create)
-from arkinfer.graph import ModelGraph, Weight
+from arkinfer.graph import ModelGraph, Node, Weight
 
 aten = torch.ops.aten
 ark = torch.ops.arkinfer
 
 
-def _users(graph: fx.Graph, target: Any) -> list[fx.Node]:
+def _users(graph: fx.Graph, target: Any) -> list[Node]:
     return [node for node in graph.nodes if node.op == "call_function" and node.target is target]
 
 
@@ -36,7 +36,7 @@ def shared_input_linears(model: ModelGraph) -> ModelGraph:
     One wider matrix streams from memory in one run and quantises its input once.
     """
     graph = model.graph
-    siblings: dict[fx.Node, list[fx.Node]] = {}
+    siblings: dict[Node, list[Node]] = {}
     for node in _users(graph, ark.linear.default):
         siblings.setdefault(node.args[0], []).append(node)
     for shared, linears in siblings.items():
@@ -68,10 +68,13 @@ def swiglu(model: ModelGraph) -> ModelGraph:
     graph = model.graph
     for product in _users(graph, aten.mul.Tensor):
         gate, up = product.args[:2]
-        if not (isinstance(gate, fx.Node) and gate.target is aten.silu.default and isinstance(up, fx.Node)):
+        if (
+            getattr(gate, "target", None) is not aten.silu.default
+            or getattr(up, "target", None) is not aten.slice.Tensor
+        ):
             continue
         first = gate.args[0]
-        if not (first.target is aten.slice.Tensor and up.target is aten.slice.Tensor and first.args[0] is up.args[0]):
+        if first.target is not aten.slice.Tensor or first.args[0] is not up.args[0]:
             continue
         merged = first.args[0]
         width = merged.meta["val"].shape[1]

@@ -58,8 +58,14 @@ def main() -> None:
             machine = ours["machine"] or machine
             entry[name] = {"arkinfer": figures(ours), "llama.cpp": figures(theirs), "rows": ours["rows"]}
         rounds.append(entry)
-        print(f"round {index + 1} of {options.rounds}: {json.dumps({k: [v['arkinfer'], v['llama.cpp']] for k, v in entry.items()})}", file=sys.stderr)
-    lines = ["| weights | test | arkinfer tok/s | llama.cpp tok/s | ratio (median of rounds, range) |", "|---|---|---|---|---|"]
+        print(
+            f"round {index + 1} of {options.rounds}: {json.dumps({k: [v['arkinfer'], v['llama.cpp']] for k, v in entry.items()})}",
+            file=sys.stderr,
+        )
+    lines = [
+        "| weights | test | arkinfer tok/s | llama.cpp tok/s | ratio (median of rounds, range) |",
+        "|---|---|---|---|---|",
+    ]
     for name in pairs:
         for test in rounds[0][name]["arkinfer"]:
             ours_all = [entry[name]["arkinfer"][test] for entry in rounds]

@@ -101,7 +101,9 @@ def test_capture_is_reproducible_and_names_its_weights() -> None:
 
 def test_tied_weights_become_one_input() -> None:
     captured = graph.capture(ModelConfig.from_json(CONFIGS["qwen3-tied"]), 256)
-    tables = [weight for weight in captured.weights.values() if "embed_tokens" in weight.name or "lm_head" in weight.name]
+    tables = [
+        weight for weight in captured.weights.values() if "embed_tokens" in weight.name or "lm_head" in weight.name
+    ]
     assert [weight.sources for weight in tables] == [("model.embed_tokens.weight",)]
 
 
@@ -109,17 +111,27 @@ def kinds(captured: ModelGraph) -> Mapping[str, torch.dtype]:
     return {source: torch.bfloat16 for weight in captured.weights.values() for source in weight.sources}
 
 
-@pytest.mark.parametrize(("weights", "body", "head"), [("int8", "int8", "int8"), ("int4", "int4", "int8"), ("fp16", "dense", "dense")])
+@pytest.mark.parametrize(
+    ("weights", "body", "head"), [("int8", "int8", "int8"), ("int4", "int4", "int8"), ("fp16", "dense", "dense")]
+)
 def test_formats_are_assigned_by_recipe(weights: str, body: str, head: str) -> None:
     captured = graph.capture(ModelConfig.from_json(CONFIGS["llama"]), 256)
-    captured = passes.run(captured, formats.Recipe(weights, "int8" if weights != "fp16" else "float", {}), kinds(captured))
+    captured = passes.run(
+        captured, formats.Recipe(weights, "int8" if weights != "fp16" else "float", {}), kinds(captured)
+    )
     found = {captured.weight_of(node).sources[0]: captured.weight_of(node).format for node in formats.linears(captured)}
     assert found.pop("lm_head.weight") == head
     assert set(found.values()) == {body}
 
 
 def test_eight_billion_parameters_are_captured_without_memory() -> None:
-    big = {**CONFIGS["llama"], "hidden_size": 4096, "num_hidden_layers": 4, "intermediate_size": 16384, "vocab_size": 73448}
+    big = {
+        **CONFIGS["llama"],
+        "hidden_size": 4096,
+        "num_hidden_layers": 4,
+        "intermediate_size": 16384,
+        "vocab_size": 73448,
+    }
     captured = graph.capture(ModelConfig.from_json({**big, "head_dim": 128, "num_attention_heads": 32}), 131072)
     fused = fuse.shared_input_linears(captured)
     assert any(weight.shape == (2 * 16384, 4096) for weight in fused.weights.values())

@@ -50,7 +50,9 @@ def sparse_artifact(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempP
 def test_every_combination_passes_its_gate(
     checkpoints: dict[str, Path], tmp_path: Path, model: str, weights: str, kv: str, activations: str
 ) -> None:
-    artifact = pipeline.build(checkpoints[model], out=tmp_path / "out.ark", weights=weights, kv=kv, activations=activations)
+    artifact = pipeline.build(
+        checkpoints[model], out=tmp_path / "out.ark", weights=weights, kv=kv, activations=activations
+    )
     parity = artifact.manifest.parity
     assert parity is not None
     assert parity["passed"]
@@ -123,7 +125,9 @@ def test_gears_differ_only_beyond_dense_len(sparse_artifact: Artifact) -> None:
 def test_same_inputs_give_the_same_bytes(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     digests = []
     for index in range(2):
-        artifact = pipeline.build(checkpoints["llama"], out=tmp_path / f"{index}" / "same.ark", weights="int8", verify="none")
+        artifact = pipeline.build(
+            checkpoints["llama"], out=tmp_path / f"{index}" / "same.ark", weights="int8", verify="none"
+        )
         digests.append({name: entry.sha256 for name, entry in artifact.manifest.files.items()})
         assert artifact.manifest.parity is None
     assert digests[0] == digests[1]

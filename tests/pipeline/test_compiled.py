@@ -26,7 +26,10 @@ def test_a_kept_library_comes_back(tmp_path: Path) -> None:
 
 
 def test_everything_that_the_compiler_reads_is_in_the_name() -> None:
-    names = {compiled.key(*parts) for parts in (("a", "b", "c"), ("a", "b", "d"), ("a", "d", "c"), ("d", "b", "c"), ("ab", "", "c"))}
+    names = {
+        compiled.key(*parts)
+        for parts in (("a", "b", "c"), ("a", "b", "d"), ("a", "d", "c"), ("d", "b", "c"), ("ab", "", "c"))
+    }
     assert len(names) == 5
 
 

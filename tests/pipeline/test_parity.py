@@ -61,7 +61,10 @@ def test_equal_models_pass_every_gate() -> None:
         verify.require(report)
 
 
-@pytest.mark.parametrize(("noise", "path", "passes"), [(1e-5, "float", True), (1e-2, "float", False), (1e-2, "fp16", True), (0.3, "int8", False)])
+@pytest.mark.parametrize(
+    ("noise", "path", "passes"),
+    [(1e-5, "float", True), (1e-2, "float", False), (1e-2, "fp16", True), (0.3, "int8", False)],
+)
 def test_noise_is_judged_by_the_gate_of_its_path(noise: float, path: str, passes: bool) -> None:
     assert judge(Table(noise), path).passed == passes
 
