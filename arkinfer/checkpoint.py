@@ -85,7 +85,7 @@ class Checkpoint:
             raise UserError(
                 f"{self.path} has no *.safetensors file",
                 facts={"found": ", ".join(pickles)} if pickles else {},
-                hint="pickle files run code when loaded and are never read; save the model again with safe_serialization=True"
+                hint="pickle files run code when loaded and are never read; save with safe_serialization=True"
                 if pickles
                 else "complete the download",
                 code="ARK-E123",

@@ -49,7 +49,7 @@ class Weight:
 
 
 def _common_stem(names: Sequence[str]) -> tuple[str, list[str]]:
-    """Split dotted names into what all share in front and the part that differs, with a shared last part dropped once."""
+    """Split dotted names into what all share in front and the parts that differ; the last part is kept once."""
     split = [name.split(".") for name in names]
     depth = 0
     while all(len(parts) > depth + 1 and parts[depth] == split[0][depth] for parts in split):
@@ -177,7 +177,8 @@ class ModelGraph:
             return re.sub(r"\bs\d+\b", lambda match: symbols.get(match.group(), match.group()), _type(node))
 
         lines = [
-            f"# {config.family}: {config.layers} layers, hidden {config.hidden_size}, heads {config.heads}/{config.kv_heads} x "
+            f"# {config.family}: {config.layers} layers, hidden {config.hidden_size}, "
+            f"heads {config.heads}/{config.kv_heads} x "
             f"{config.head_dim}, vocabulary {config.vocab_size}, context {self.context}"
         ]
         for node in self.graph.nodes:
@@ -268,7 +269,7 @@ _KV = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.int8}
 
 
 def capture(config: ModelConfig, context: int, kv: str = "fp16") -> ModelGraph:
-    """Export one step of ``config``'s model for contexts up to ``context`` tokens and ``kv`` caches; no weight is read."""
+    """Export one step of ``config``'s model for up to ``context`` tokens and ``kv`` caches; no weight is read."""
     with torch.device("meta"):
         module = models.create(config)
     count, rows, room = torch.export.Dim("n"), torch.export.Dim("r"), torch.export.Dim("capacity", min=256)

@@ -86,7 +86,8 @@ class Report:
     def summary(self) -> str:
         """Return one sentence for people."""
         verdict = "verified" if self.passed else "NOT verified"
-        return f"{verdict} over {self.positions} positions: mean KL {self.mean_kl:.1e}, top-1 {self.top1:.2%} ({self.path} path)"
+        figures = f"mean KL {self.mean_kl:.1e}, top-1 {self.top1:.2%}"
+        return f"{verdict} over {self.positions} positions: {figures} ({self.path} path)"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as the manifest seals it."""
@@ -150,7 +151,7 @@ def divergence(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Row by row: KL divergence, largest logit difference, whether the top tokens agree, the reference's top-2 margin."""
+    """Row by row: KL divergence, largest logit difference, equal top tokens, the reference's top-2 margin."""
 
     kl: np.ndarray
     difference: np.ndarray

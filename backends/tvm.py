@@ -251,7 +251,7 @@ class TvmExecutor(Executor):
         return ids
 
     def tap(self, names: Sequence[str]) -> Mapping[str, np.ndarray]:
-        """Return inner values of the last ``trace``: ``layer.N`` is the residual stream (tokens, hidden) after layer N."""
+        """Return inner values of the last ``trace``: ``layer.N`` is (tokens, hidden) after layer N."""
         return {name: self._traced[name] for name in names}
 
     def trace(self, tokens: Sequence[int], state: State) -> Mapping[str, np.ndarray]:
@@ -294,7 +294,7 @@ class TvmExecutor(Executor):
         return int(total + chosen * per_token + visible * entry["compressed_per_token"])
 
     def prefill_ops(self, tokens: int, depth: int) -> int:
-        """Return the multiply and add operations of the linear layers for ``tokens`` prompt tokens (attention excluded)."""
+        """Return the operations of the linear layers for ``tokens`` prompt tokens (attention excluded)."""
         return int(self.plan["ops_per_token"]) * tokens
 
     def close(self) -> None:

@@ -329,8 +329,16 @@ class Lowering:
                 mutates=("fine", "coarse"),
             )
             chosen = self._value(f"{node.name}.blocks", "int32", "n", kv_heads, sparse.budget)
-            select = {**shape, **fields, **scale, "init_blocks": sparse.init_blocks, "local_blocks": sparse.local_blocks,
-                      "budget": sparse.budget, "local_rule": sparse.local_rule, "lse": sparse.lse}  # fmt: skip
+            select = {
+                **shape,
+                **fields,
+                **scale,
+                "init_blocks": sparse.init_blocks,
+                "local_blocks": sparse.local_blocks,
+                "budget": sparse.budget,
+                "local_rule": sparse.local_rule,
+                "lse": sparse.lse,
+            }
             query = plain[0].name if nope else rotated.name
             self._call("select", select, [query, self.layer, "position", "dense_len", "fine", "coarse"], chosen)
             attend = {**shape, **scale, "block_size": sparse.block_size, "budget": sparse.budget}

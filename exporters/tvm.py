@@ -1,4 +1,4 @@
-"""The exporter of the tvm backend: kernels compiled ahead of time for every level of the target, weights repacked once."""
+"""The exporter of the tvm backend: kernels compiled for every level of the target, weights repacked once."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ def _plan(model: ModelGraph, program: Program, target: Target, options: BuildOpt
 
 
 def _cache(value: Value, model: ModelGraph) -> dict[str, Any]:
-    """Describe one state tensor: -1 marks the axis that grows, by one entry every ``stride`` tokens, ``pack`` to a place."""
+    """Describe one state tensor: -1 marks the axis that grows by one every ``stride`` * ``pack`` tokens."""
     sparse = model.config.sparse
     strides = (
         {"fine": (sparse.kernel_size, sparse.kernel_stride), "coarse": (sparse.coarse_size, sparse.coarse_stride)}

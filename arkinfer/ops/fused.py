@@ -42,7 +42,7 @@ def _(gate_up: torch.Tensor) -> torch.Tensor:
 def embedding(
     tokens: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, format: str, group: int, scale: float
 ) -> torch.Tensor:
-    """Return ``scale`` times the rows ``tokens`` (n,) of a packed table, float32 (n, hidden); formats as in ops.linear."""
+    """Return ``scale`` times the rows ``tokens`` (n,) of a packed table, float32 (n, hidden); see ops.linear."""
     rows = weight[tokens]
     width = rows.shape[1] * {"int4": 2, "ternary": 4}.get(format, 1)
     picked = None if scales is None else scales[tokens]

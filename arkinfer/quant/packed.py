@@ -15,7 +15,7 @@ FORMATS = ("dense", "int8", "int4", "ternary")
 
 @dataclass(frozen=True)
 class Packed:
-    """One weight: ``weight`` as arkinfer.ops.linear documents it for ``format``, scales and zeros (N, G), order (K,)."""
+    """One weight: ``weight`` as arkinfer.ops.linear defines ``format``, scales and zeros (N, G), order (K,)."""
 
     format: str
     group: int
