@@ -1,7 +1,7 @@
 """Compare artifacts with llama.cpp on the same shapes, in alternating runs, and write the table of the README.
 
-    python tests/benchmarks/compare_llama_cpp.py --peer-python PEER/bin/python \
-        --pair int4=model-int4.ark,model-Q4_0.gguf --pair ternary=model-ternary.ark,model-TQ2_0.gguf --rounds 5 --out tests/benchmarks/results/NAME.json
+    python tests/benchmarks/compare_llama_cpp.py --peer-python PEER/bin/python --rounds 5 --out RESULTS.json \
+        --pair int4=model-int4.ark,model-Q4_0.gguf --pair ternary=model-ternary.ark,model-TQ2_0.gguf
 
 Each round runs every contender once, in turn, so that a machine whose speed drifts is unfair to all of them alike; the
 figure of a contender is the median over rounds of its own medians, and ratios are taken round by round.
