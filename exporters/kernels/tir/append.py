@@ -23,9 +23,10 @@ def append(
     """Return a PrimFunc for tokens at ``position``, ``position`` + 1, ...
 
     qkv (n, (heads + 2 * kv_heads) * head_dim) float32, rotation (n, head_dim) float32 (cosines, then sines), with
-    ``norm_eps`` the norms' weights of queries and keys (head_dim,), layer, position, k, v, for int8 k_scale and v_scale,
-    with ``nope`` a cache of the keys before rotation laid out as k -> q (n, heads, head_dim) rotated, float32, and with
-    ``nope`` the queries before rotation. ``kv`` is the caches' dtype; int8 codes have a scale per token and head.
+    ``norm_eps`` the norms' weights of queries and keys (head_dim,), layer, position, k, v, for int8 k_scale and
+    v_scale, with ``nope`` a cache of the keys before rotation laid out as k -> q (n, heads, head_dim) rotated, float32,
+    and with ``nope`` the queries before rotation. ``kv`` is the caches' dtype; int8 codes have a scale per token and
+    head.
     """
     del isa  # 16-lane vectors legalise everywhere, and this is a small part of a step
     return _Append(heads, kv_heads, head_dim, kv, norm_eps, nope).build(tokens)
@@ -70,11 +71,11 @@ class _Append:
                 self._token("i")
         else:
             # Tokens of one panel share cache lines: a thread takes whole panels.
-            with source.loop("panel", f"(position + n - 1) // {LANES} - position // {LANES} + 1", "parallel"):
-                with source.loop("lane", LANES):
-                    i = hold(source, "i", f"(position // {LANES} + panel) * {LANES} + lane - position")
-                    with source.block(f"if {i} >= 0 and {i} < n"):
-                        self._token(i)
+            panels = f"(position + n - 1) // {LANES} - position // {LANES} + 1"
+            with source.loop("panel", panels, "parallel"), source.loop("lane", LANES):
+                i = hold(source, "i", f"(position // {LANES} + panel) * {LANES} + lane - position")
+                with source.block(f"if {i} >= 0 and {i} < n"):
+                    self._token(i)
         return source.build()
 
     def _token(self, i: str) -> None:

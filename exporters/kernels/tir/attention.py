@@ -60,9 +60,10 @@ def attention(
     block_size: int,
     budget: int,
 ) -> Any:
-    """Return a PrimFunc: q, blocks (n, kv_heads, budget) int32, layer, position, dense_len, caches -> out, as attention_dense.
+    """Return a PrimFunc: q, blocks (n, kv_heads, budget) int32, layer, position, dense_len, caches -> out.
 
-    Token i is sparse iff ``position`` + i + 1 >= ``dense_len``; then it reads only ``blocks``: ascending ids, -1 for none.
+    As attention_dense, but token i is sparse iff ``position`` + i + 1 >= ``dense_len``; then it reads only ``blocks``:
+    ascending ids, -1 for none.
     """
     return _Attention(isa, heads, kv_heads, head_dim, kv, scale, block_size, budget).build(tokens)
 
@@ -128,9 +129,8 @@ class _Attention:
             share = source.let("share", splat(f"T.float32(1) / {state.weight}[({state.row} + g) * {LANES}]", LANES))
             with source.loop("c", dim // LANES):
                 at = ramp(f"(({token}) * {self.heads} + {head} * {self.group} + g) * {dim} + c * {LANES}", LANES)
-                source.line(
-                    f"out_flat[{at}] = {state.output}[{ramp(f'({state.row} + g) * {dim} + c * {LANES}', LANES)}] * {share}"
-                )
+                value = f"{state.output}[{ramp(f'({state.row} + g) * {dim} + c * {LANES}', LANES)}]"
+                source.line(f"out_flat[{at}] = {value} * {share}")
 
     def _token_block(self, caches: Caches, state: Rows, block: str, following: str, position: str) -> None:
         """Let the rows of one token attend to one block, a register tile at a time."""
@@ -156,7 +156,7 @@ class _Attention:
             self._buffer("weights", self.height * self.block)
             source.line(f'decay = T.alloc_buffer(({LANES},), "float32", scope="local", align=64)')
             plane = hold(source, "plane", f"item // {_LANES}")
-            lane = hold(source, "lane", f"item % 2 * 4 + item // 2 % 2 * 2 + item // 4 % 2")
+            lane = hold(source, "lane", "item % 2 * 4 + item // 2 % 2 * 2 + item // 4 % 2")
             token = hold(source, "token", f"{plane} // {self.kv_heads}")
             head = hold(source, "head", f"{plane} % {self.kv_heads}")
             place = hold(source, "place", f"position + {token}")
@@ -266,7 +266,7 @@ class _Attention:
     def _prefill_block(
         self, caches: Caches, state: Rows, size: int, start: str, count: str, head: str, block: str
     ) -> None:
-        """Let every token of the tile that wants ``block`` attend to it; where neighbours all do, they share register tiles."""
+        """Let every token of the tile that wants ``block`` attend; neighbours that all do share register tiles."""
         source = self.source
         with source.loop("t", size):
             source.line("wanted[t] = 0")

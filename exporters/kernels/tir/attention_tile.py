@@ -1,8 +1,8 @@
 """The inner part of attention: a tile of query rows against one block of cached keys and values.
 
 Rows are query heads; all heads of one group read the same keys, so a tile loads each key once for several rows. What a
-row computes does not depend on the tile that it lies in: every score is one chain of fused multiply-adds over the head's
-dimensions, every output one chain over the tokens.
+row computes does not depend on the tile that it lies in: every score is one chain of fused multiply-adds over the
+head's dimensions, every output one chain over the tokens.
 """
 
 from __future__ import annotations
@@ -192,9 +192,8 @@ class Rows:
             source.line(f"{self.maximum}[{self.row} + r0] = T.float32({NOTHING})")
             source.line(f"{self.weight}[{ramp(f'({self.row} + r0) * {LANES}', LANES)}] = {real(0.0, LANES)}")
             with source.loop("c0", head_dim // LANES):
-                source.line(
-                    f"{self.output}[{ramp(f'({self.row} + r0) * {head_dim} + c0 * {LANES}', LANES)}] = {real(0.0, LANES)}"
-                )
+                at = ramp(f"({self.row} + r0) * {head_dim} + c0 * {LANES}", LANES)
+                source.line(f"{self.output}[{at}] = {real(0.0, LANES)}")
 
 
 def attend_block(
@@ -209,7 +208,7 @@ def attend_block(
     positions: Sequence[str],
     scratch: tuple[str, str],
 ) -> None:
-    """Emit ``rows`` rows (at most one register tile) of ``state`` attending to the tokens of ``block`` up to their positions.
+    """Emit ``rows`` rows of ``state``, one register tile, attending to the tokens of ``block`` up to their positions.
 
     ``positions``: one int64 name a row. ``following``: the block that comes next, whose keys are fetched meanwhile: the
     processor's own prefetching does not foresee the jumps between keys, values and chosen blocks. scratch: buffers of
@@ -238,13 +237,14 @@ def attend_block(
     furthest = hold(source, "furthest", distinct[0] if len(distinct) == 1 else largest(distinct))
     nearest = hold(source, "nearest", distinct[0] if len(distinct) == 1 else largest(distinct, "T.min"))
     with source.block(f"if {first} + {block_size - 1} > {nearest}"):
-        for r, position in enumerate(positions):
+        shared = rows // len(distinct)  # rows of one token
+        for token, position in enumerate(distinct):
             last = source.let(
                 "last", splat(cast("int32", f"T.min({position} - {first}, T.int64({block_size}))"), LANES)
             )
-            for i in range(panels):
-                at = f"{weights}[{ramp(str(r * block_size + i * LANES), LANES)}]"
-                lanes = f"T.Ramp(T.int32({i * LANES}), T.int32(1), {LANES})"
+            with source.loop("r0", shared), source.loop("x", panels):
+                at = f"{weights}[{ramp(f'({token * shared} + r0) * {block_size} + x * {LANES}', LANES)}]"
+                lanes = f'T.Ramp(T.Cast("int32", x) * {LANES}, T.int32(1), {LANES})'
                 source.line(f"{at} = T.Select({lanes} <= {last}, {at}, {real(HIDDEN, LANES)})")
     with source.loop("r1", rows):
         parts = [
@@ -258,18 +258,15 @@ def attend_block(
     source.line(f"{decay}[{whole}] = {exp(source, f'{decay}[{whole}]', LANES)}")
     with source.loop("r2", rows):
         new = source.let("new", splat(f"{state.maximum}[{state.row} + r2]", LANES))
-        parts = []
-        for i in range(panels):
-            at = f"{weights}[{ramp(f'r2 * {block_size} + {i * LANES}', LANES)}]"
+        weight = f"{state.weight}[{ramp(f'({state.row} + r2) * {LANES}', LANES)}]"
+        source.line(f"{weight} = {fma(weight, splat(f'{decay}[r2]', LANES), real(0.0, LANES), LANES)}")
+        with source.loop("x", panels):
+            at = f"{weights}[{ramp(f'r2 * {block_size} + x * {LANES}', LANES)}]"
             value = exp(source, f"{at} - {new}", LANES)
-            parts.append(value)
+            source.line(f"{weight} = {weight} + {value}")
             if caches.kv == "int8":
-                scale = f"{caches.v_scale}[{ramp(f'{caches.scale_base} + {first} + {i * LANES}', LANES)}]"
-                source.line(f"{at} = {value} * {scale}")
-            else:
-                source.line(f"{at} = {value}")
-        at = f"{state.weight}[{ramp(f'({state.row} + r2) * {LANES}', LANES)}]"
-        source.line(f"{at} = {fma(at, splat(f'{decay}[r2]', LANES), _tree(parts), LANES)}")
+                value += f" * {caches.v_scale}[{ramp(f'{caches.scale_base} + {first} + x * {LANES}', LANES)}]"
+            source.line(f"{at} = {value}")
     count = hold(source, "count", f"T.min({furthest} - {first} + 1, T.int64({block_size}))")
     next_keys = hold(source, "next_keys", f"{caches.k_base} + {following} * {block_size * dim}")
     with source.loop("cg", dim // LANES // value_width):
@@ -309,8 +306,13 @@ def fold(source: Source, part: Rows, whole: Rows, rows: str, head_dim: int) -> N
         with source.block(f"if {part.maximum}[{theirs}] > T.float32({NOTHING})"):
             old = source.let("old", f"{whole.maximum}[{ours}]")
             new = source.let("new", f"T.max({old}, {part.maximum}[{theirs}])")
-            keep = exp(source, splat(f"{old} - {new}", LANES), LANES)
-            take = exp(source, splat(f"{part.maximum}[{theirs}] - {new}", LANES), LANES)
+            whole_lanes = ramp("0", LANES)
+            factors = source.local("factors", LANES, "float32")
+            source.line(f"{factors}[{whole_lanes}] = {real(0.0, LANES)}")
+            source.line(f"{factors}[0] = {old} - {new}")
+            source.line(f"{factors}[1] = {part.maximum}[{theirs}] - {new}")
+            source.line(f"{factors}[{whole_lanes}] = {exp(source, f'{factors}[{whole_lanes}]', LANES)}")
+            keep, take = splat(f"{factors}[0]", LANES), splat(f"{factors}[1]", LANES)
             source.line(f"{whole.maximum}[{ours}] = {new}")
             mine = f"{whole.weight}[{ramp(f'{ours} * {LANES}', LANES)}]"
             more = splat(total(f"{part.weight}[{ramp(f'{theirs} * {LANES}', LANES)}]"), LANES)
@@ -326,10 +328,3 @@ def largest(terms: Sequence[str], function: str = "T.max") -> str:
         return terms[0]
     middle = len(terms) // 2
     return f"{function}({largest(terms[:middle], function)}, {largest(terms[middle:], function)})"
-
-
-def _tree(terms: Sequence[str]) -> str:
-    if len(terms) == 1:
-        return terms[0]
-    middle = len(terms) // 2
-    return f"({_tree(terms[:middle])} + {_tree(terms[middle:])})"

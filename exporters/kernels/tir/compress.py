@@ -1,4 +1,4 @@
-"""Compress: mean-pool cached keys into the semantic kernels by which InfLLM-v2 chooses blocks (arXiv 2506.07900, 2.2)."""
+"""Compress: mean-pool cached keys into the kernels by which InfLLM-v2 chooses blocks (arXiv 2506.07900, 2.2)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def compress(
     kernel_size: int,
     kernel_stride: int,
 ) -> Any:
-    """Return a PrimFunc that stores the fine and coarse keys which positions ``position``..``position`` + n - 1 complete.
+    """Return a PrimFunc that stores the fine and coarse keys which the positions from ``position`` on complete.
 
     q (n, heads, head_dim) float32 (gives n alone), layer, position, keys (layers, kv_heads, panels, head_dim, 16) in
     dtype ``kv``, for int8 k_scale, then fine and coarse (layers, kv_heads, panels, head_dim, 16), updated in place.

@@ -55,8 +55,8 @@ def select(
 
 class _Select:
     def __init__(
-        self, isa: Isa, heads: int, kv_heads: int, head_dim: int, kv: str, size: int, stride: int, block: int, scale: float,
-        init_blocks: int, near: int, budget: int, lse: str,
+        self, isa: Isa, heads: int, kv_heads: int, head_dim: int, kv: str, size: int, stride: int, block: int,
+        scale: float, init_blocks: int, near: int, budget: int, lse: str,
     ) -> None:  # fmt: skip
         self.isa, self.heads, self.kv_heads, self.dim, self.kv = isa, heads, kv_heads, head_dim, kv
         self.group = heads // kv_heads
@@ -151,12 +151,12 @@ class _Select:
                         at = f"(row * {self.height} + {r}) * {kernels} + tile * {self.step} + {i * LANES}"
                         source.line(f"logits[{ramp(at, LANES)}] = {sums[r][i]}[{ramp('0', LANES)}]")
             # Lanes beyond the visible kernels get no weight.
-            with source.block(f"if (tile + 1) * {self.step} > {count}"):
-                with source.loop("g", self.group), source.loop("x", self.width):
-                    at = f"logits[{ramp(f'g * {kernels} + tile * {self.step} + x * {LANES}', LANES)}]"
-                    left = splat(cast("int32", f"{count} - tile * {self.step} - x * {LANES}"), LANES)
-                    lanes = f"T.Ramp(T.int32(0), T.int32(1), {LANES})"
-                    source.line(f"{at} = T.Select({lanes} < {left}, {at}, {real(HIDDEN, LANES)})")
+            partial = source.block(f"if (tile + 1) * {self.step} > {count}")
+            with partial, source.loop("g", self.group), source.loop("x", self.width):
+                at = f"logits[{ramp(f'g * {kernels} + tile * {self.step} + x * {LANES}', LANES)}]"
+                left = splat(cast("int32", f"{count} - tile * {self.step} - x * {LANES}"), LANES)
+                lanes = f"T.Ramp(T.int32(0), T.int32(1), {LANES})"
+                source.line(f"{at} = T.Select({lanes} < {left}, {at}, {real(HIDDEN, LANES)})")
 
     def _normalisers(self, count: str, kernels: str) -> None:
         """Find for each row the largest logit and the inverse of the sum of exponentials, 0 if there is no kernel."""
@@ -196,9 +196,8 @@ class _Select:
             left = splat(cast("int32", f"{fine} - x * {LANES}"), LANES)
             lanes = f"T.Ramp(T.int32(0), T.int32(1), {LANES})"
             value = f"T.min({cell}[{whole}], {real(LARGEST, LANES)})"
-            source.line(
-                f"merged[{ramp(f'{LANES} + x * {LANES}', LANES)}] = T.Select({lanes} < {left}, {value}, {real(0.0, LANES)})"
-            )
+            kept = f"T.Select({lanes} < {left}, {value}, {real(0.0, LANES)})"
+            source.line(f"merged[{ramp(f'{LANES} + x * {LANES}', LANES)}] = {kept}")
 
     def _pool(self, own: str, length: str) -> None:
         """Max-pool kernels to blocks; scores are not negative, so their bits order like integers."""
