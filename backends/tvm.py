@@ -77,15 +77,13 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """One state tensor of all layers; ``extent`` names the axis that grows with the capacity and its units.
-
-    ``shape`` holds -1 at that axis; its size is ``ceil(entries(capacity) / pack)``.
+    """One state tensor of all layers. ``shape`` holds -1 at the axis that grows: one entry every ``stride`` tokens,
+    ``pack`` entries to a place.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    size: int  # tokens that one entry needs before it exists: kernel size, or 1 for keys and values
     stride: int
     pack: int
 
@@ -94,10 +92,10 @@ class CacheSpec:
         extent = max(1, -(-entries // self.pack))
         return _aligned(tuple(extent if axis == -1 else axis for axis in self.shape), np.dtype(self.dtype))
 
-    def copy(self, source: np.ndarray, target: np.ndarray) -> None:
+    def used(self, length: int) -> tuple[slice, ...]:
+        """Return the index of what ``length`` tokens have filled."""
         axis = self.shape.index(-1)
-        index = (slice(None),) * axis + (slice(0, min(source.shape[axis], target.shape[axis])),)
-        target[index] = source[index]
+        return (slice(None),) * axis + (slice(0, -(-length // (self.stride * self.pack))),)
 
 
 class TvmState(State):
@@ -120,7 +118,8 @@ class TvmState(State):
         """Return an independent copy."""
         twin = TvmState(self._executor, self.capacity)
         for spec in self._executor.cache_specs:
-            np.copyto(twin.arrays[spec.name], self.arrays[spec.name])
+            filled = spec.used(self.length)  # copying the rest would only take memory that is not in use
+            twin.arrays[spec.name][filled] = self.arrays[spec.name][filled]
         twin.length = self.length
         return twin
 

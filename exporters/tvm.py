@@ -223,19 +223,13 @@ def _plan(model: ModelGraph, program: Program, target: Target, options: BuildOpt
 def _cache(value: Value, model: ModelGraph) -> dict[str, Any]:
     """Describe one state tensor: -1 marks the axis that grows by one every ``stride`` * ``pack`` tokens."""
     sparse = model.config.sparse
-    strides = (
-        {"fine": (sparse.kernel_size, sparse.kernel_stride), "coarse": (sparse.coarse_size, sparse.coarse_stride)}
-        if sparse
-        else {}
-    )
-    size, stride = strides.get(value.name, (1, 1))
+    strides = {"fine": sparse.kernel_stride, "coarse": sparse.coarse_stride} if sparse else {}
     shape = [-1 if isinstance(extent, str) else extent for extent in value.shape]
     panels = any(isinstance(extent, str) and extent.endswith("panels") for extent in value.shape)
     return {
         "name": value.name,
         "dtype": value.dtype,
         "shape": shape,
-        "size": size,
-        "stride": stride,
+        "stride": strides.get(value.name, 1),
         "pack": 16 if panels else 1,
     }
