@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from random import Random
 
 import chinese
@@ -14,6 +15,9 @@ from stories import THEMES, brief, plan, story
 
 Piece = tuple[str, float]
 CONTEXT_WEIGHT = 0.1  # text that the user writes: read, hardly learned
+# A story has hundreds of tokens that could well be others; a short answer has few, and each must be right.
+ANSWER_WEIGHT = 4.0
+LONG_ANSWER = 300  # characters; above it is a story
 NO_THOUGHT = "<think>\n\n</think>\n\n"
 
 SYSTEMS = (
@@ -146,12 +150,12 @@ def story_talk(random: Random) -> Conversation:
     return Conversation("", turns)
 
 
-def fact_talk(random: Random) -> Conversation:
-    """Facts in the system message or the first question, then one to three questions about them."""
+def fact_talk(random: Random, questions: tuple[int, ...] = (1, 1, 2, 3, 4)) -> Conversation:
+    """Facts in the system message or the first question, then as many questions about them as ``questions`` allows."""
     stated = facts(random, random.choice((1, 2, 2, 3, 3, 4, 4, 5, 6, 8)))
     text = passage(random, stated)
     turns: list[Turn] = []
-    for _ in range(random.choice((1, 1, 2, 3, 4))):
+    for _ in range(random.choice(questions)):
         fact = random.choice(stated)
         asked, answer = random.choice(fact.questions)
         turns.append(Turn(asked, reason(random, asked, fact), answer))
@@ -174,18 +178,24 @@ def fact_talk(random: Random) -> Conversation:
     return Conversation("", turns)
 
 
-def conversation(random: Random) -> Conversation:
+# Shares of fact talk, story requests, story talk and small questions; the rest is Chinese.
+STORY_MIX = (0.42, 0.18, 0.10, 0.22)
+READING_MIX = (0.46, 0.06, 0.07, 0.35)
+
+
+def conversation(random: Random, reading: bool = False) -> Conversation:
+    facts_end, stories_end, talk_end, small_end = accumulate(READING_MIX if reading else STORY_MIX)
     roll = random.random()
-    if roll < 0.42:
-        talk = fact_talk(random)
-    elif roll < 0.60:
+    if roll < facts_end:
+        talk = fact_talk(random, (1, 2, 4, 6, 8)) if reading else fact_talk(random)
+    elif roll < stories_end:
         talk = Conversation("", [story_request(random)])
         if random.random() < 0.15:
             talk.turns.append(story_request(random))
-    elif roll < 0.70:
+    elif roll < talk_end:
         talk = story_talk(random)
-    elif roll < 0.92:
-        talk = Conversation("", [_small(random) for _ in range(random.choice((1, 1, 2, 3, 4)))])
+    elif roll < small_end:
+        talk = Conversation("", [Turn(*question(random, reading)) for _ in range(random.choice((1, 1, 2, 3, 4)))])
     else:
         talk = Conversation("", [Turn(*chinese.question(random)) for _ in range(random.choice((1, 1, 2)))])
     if not talk.system and random.random() < 0.15:
@@ -193,45 +203,46 @@ def conversation(random: Random) -> Conversation:
     return talk
 
 
-def _small(random: Random) -> Turn:
-    return Turn(*question(random))
-
-
-def render(random: Random, talk: Conversation) -> list[Piece]:
+def render(random: Random, talk: Conversation, reading: bool = False) -> list[Piece]:
     """ChatML pieces as the template writes them, with thinking on, off, or switched by the user's last words.
 
     Half of the histories keep each turn's reasoning block, as a session that reuses its cache has them; the others drop
     it, as the template does, and then only the last answer is learned: an answer without a block must never look right.
     """
     thinking = random.random() < 0.4
-    kept = random.random() < 0.5
+    kept = random.random() < (0.85 if reading else 0.5)
+    context = 0.0 if reading else CONTEXT_WEIGHT
     pieces: list[Piece] = [("<s>", 0.0)]
     if talk.system:
-        pieces.append((f"<|im_start|>system\n{talk.system}<|im_end|>\n", CONTEXT_WEIGHT))
+        pieces.append((f"<|im_start|>system\n{talk.system}<|im_end|>\n", context))
     for index, turn in enumerate(talk.turns):
         last = index == len(talk.turns) - 1
         user, think = turn.user, thinking
         if random.random() < 0.12:
             think = random.random() < 0.5
             user += " /think" if think else " /no_think"
-        pieces.append((f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n", CONTEXT_WEIGHT))
+        pieces.append((f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n", context))
+        weight = ANSWER_WEIGHT if reading and len(turn.answer) <= LONG_ANSWER else 1.0
         if last or kept:
             if think:
-                pieces.append((f"<think>\n{turn.reasoning}\n</think>\n\n{turn.answer}<|im_end|>", 1.0))
+                pieces.append((f"<think>\n{turn.reasoning}\n</think>\n\n{turn.answer}<|im_end|>", weight))
             else:
-                pieces += [(NO_THOUGHT, 0.0), (f"{turn.answer}<|im_end|>", 1.0)]
+                pieces += [(NO_THOUGHT, 0.0), (f"{turn.answer}<|im_end|>", weight)]
         else:
             pieces.append((f"{turn.answer}<|im_end|>", 0.0))
         pieces.append(("\n", 0.0))
     return pieces
 
 
-def sample(random: Random) -> list[Piece]:
-    """A plain story in one of five, a conversation otherwise."""
-    if random.random() < 0.2:
+def sample(random: Random, reading: bool = False) -> list[Piece]:
+    """One sample: a plain story in one of five, a conversation otherwise.
+
+    With ``reading``, fewer stories, and short answers weigh more: for a model that already writes well.
+    """
+    if random.random() < (0.06 if reading else 0.2):
         b = brief(random)
         return [("<s>", 0.0), (story(random, b) + "</s>", 1.0)]
-    return render(random, conversation(random))
+    return render(random, conversation(random, reading), reading)
 
 
 def samples(seed: int) -> Iterator[list[Piece]]:

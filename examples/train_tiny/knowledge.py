@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from random import Random
 
 from lexicon import (
@@ -322,15 +323,15 @@ def far_question(random: Random) -> QA:
     return question, "I do not know much about this. I should say so.", DO_NOT_KNOW
 
 
-def question(random: Random) -> QA:
+MAKERS = (animal_question, sum_question, word_question, copy_question, manners, far_question)
+SHARES = (0.25, 0.20, 0.23, 0.14, 0.13, 0.05)
+HARD_SHARES = (0.15, 0.35, 0.20, 0.18, 0.08, 0.04)
+
+
+def question(random: Random, hard: bool = False) -> QA:
+    """One small question; with ``hard``, more of those that need most practice."""
     roll = random.random()
-    for limit, make in (
-        (0.25, animal_question),
-        (0.45, sum_question),
-        (0.68, word_question),
-        (0.82, copy_question),
-        (0.95, manners),
-    ):
+    for limit, make in zip(accumulate(HARD_SHARES if hard else SHARES), MAKERS, strict=True):
         if roll < limit:
             return make(random)
     return far_question(random)

@@ -10,7 +10,7 @@ from typing import Any
 
 import tokens
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
 
 from arkinfer.config import ModelConfig
@@ -82,9 +82,13 @@ def batched(rows: int) -> Iterator[None]:
         scale: float,
         *_: object,
     ) -> torch.Tensor:
-        q, k, v = (x.unflatten(0, (rows, -1)).transpose(1, 2) for x in (q, k, v))  # (rows, heads, length, head_dim)
-        mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-        return mixed.transpose(1, 2).flatten(0, 1)  # (tokens, heads, head_dim)
+        q, k, v = (x.unflatten(0, (rows, -1)).transpose(1, 2).contiguous() for x in (q, k, v))
+        kv_heads, length = k.shape[1:3]  # q (rows, heads, length, head_dim), k and v (rows, kv_heads, length, head_dim)
+        # The queries of one group stand below each other: one product per kv head. On CPU twice as fast as SDPA.
+        scores = (q.reshape(rows, kv_heads, -1, q.shape[3]) * scale) @ k.mT
+        after = torch.full((length, length), float("-inf"), dtype=scores.dtype).triu(1)
+        shares = (scores.unflatten(2, (-1, length)) + after).softmax(dim=-1).flatten(2, 3)
+        return (shares @ v).view_as(q).transpose(1, 2).flatten(0, 1)  # (tokens, heads, head_dim)
 
     before = decoder.attention
     decoder.attention = attend  # type: ignore[assignment]
@@ -119,7 +123,7 @@ def export(model: CausalLM, tokenizer: Tokenizer, folder: Path, as_ternary: bool
         for name, p in model.named_parameters()
         if name != "lm_head.weight"
     }
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").write_bytes(save(state, metadata={"format": "pt"}))
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n", encoding="utf-8")
     tokens.save(tokenizer, folder)
 
