@@ -29,6 +29,9 @@ from arkinfer.exporters.kernels.tir.source import (
 
 UNROLL = 4  # chunks per round of the inner loop for one token; more tokens fill a round with one
 
+# Chunks between a load and the prefetch of one to come: hardware stops at pages of 4 KiB, and one token reads each once.
+AHEAD = 64
+
 Sums = list[list[list[list[str]]]]  # buffer names [panel][token][part][way]
 
 
@@ -185,6 +188,9 @@ class _Kernel:
         """Emit the product of some chunks, the ``number``-th of a round."""
         source, lanes, parts = self.source, self.isa.lanes, range(self.isa.parts)
         planes, at = self.codes.planes, ramp("0", lanes)
+        if alone:
+            for chunk in chunks:
+                source.prefetch(f"w[{panels[0]}, {chunk} + {AHEAD}, 0]")
         weights = {
             (p, part): [
                 source.let("codes", plane)

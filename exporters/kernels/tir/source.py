@@ -65,14 +65,19 @@ class Source:
         return fresh
 
     def local(self, name: str, size: int, dtype: str) -> str:
-        """Allocate a thread's own array in registers or on the stack; under 1 KiB in all inside a parallel loop.
+        """Allocate a thread's own array in registers or on the stack, under 1 KiB.
 
-        Larger arrays become calls of the runtime's workspace allocator, each time round the loop.
+        Larger arrays become calls of the runtime's workspace allocator, each time round a parallel loop; so does any
+        array of the scope called "local".
         """
         self._count += 1
         fresh = f"{name}_{self._count}"
-        self.line(f'{fresh} = T.alloc_buffer(({size},), "{dtype}", scope="local", align=64)')
+        self.line(f'{fresh} = T.alloc_buffer(({size},), "{dtype}", scope="global", align=64)')
         return fresh
+
+    def prefetch(self, element: str) -> None:
+        """Ask for the cache line of ``element`` (a buffer with an index, which may lie past the end)."""
+        self.line(f'T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of({element}), 0, 3, 1))')
 
     def text(self) -> str:
         """Return the whole kernel."""
