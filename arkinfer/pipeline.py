@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,8 @@ def build(
     checkpoint = Checkpoint.open(model)
     options = _options(checkpoint.config, description, kv, attention, context)
     destination = Path(out) if out is not None else Path(f"{checkpoint.path.resolve().name}-{description.name}.ark")
-    with Writer(destination, force) as writer:
+    with Writer(destination, force) as writer, closing(exporter):
+        exporter.prepare(description)
         report("graph", 0, 1)
         kinds = dtypes(checkpoint)
         default = description.defaults.weights

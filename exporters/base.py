@@ -34,6 +34,14 @@ class Payload:
 class Exporter(Protocol):
     """Host side of a backend."""
 
+    def prepare(self, target: Target) -> None:
+        """Start what takes long to start; ``close`` ends it."""
+        ...
+
+    def close(self) -> None:
+        """Release what ``prepare`` started. Closing twice is harmless."""
+        ...
+
     def support(self, model: ModelGraph, target: Target, options: BuildOptions) -> list[str]:
         """Return why the target cannot run the graph, one reason per operator; empty if it can."""
         ...

@@ -1,6 +1,7 @@
 """Turn a Program into a shared library with TVM. Runs in a process of its own: a compiler crash becomes an error.
 
-``python -m arkinfer.exporters.relax PROGRAM.json ISA OUT.so``
+``python -m arkinfer.exporters.relax ISA`` reads the output path from the first line of standard input and the program,
+as JSON, from the rest.
 """
 
 from __future__ import annotations
@@ -123,7 +124,10 @@ def module(program: Program, isa: Isa) -> tvm.IRModule:
 
 def link(output: str, objects: Sequence[str], *_: object, **__: object) -> None:
     """Link objects into a shared library with the linker of the ziglang package: no C toolchain is needed."""
-    command = [sys.executable, "-m", "ziglang", "ld.lld", "-shared", "--build-id=none", "-s", "-o", output, *objects]
+    import ziglang
+
+    linker = Path(ziglang.__path__[0]) / ("zig.exe" if os.name == "nt" else "zig")
+    command = [str(linker), "ld.lld", "-shared", "--build-id=none", "-s", "-o", output, *objects]
     subprocess.run(command, check=True, capture_output=True, text=True)
 
 
@@ -137,8 +141,9 @@ def compile_program(program: Program, isa: Isa, out: Path) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    source, isa, out = arguments
-    compile_program(Program.from_json(Path(source).read_text(encoding="utf-8")), ISAS[isa], Path(out))
+    (isa,) = arguments
+    out = Path(sys.stdin.readline().rstrip("\n"))
+    compile_program(Program.from_json(sys.stdin.read()), ISAS[isa], out)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -15,12 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-import arkinfer
 from arkinfer.artifact import tensors
-from arkinfer.errors import InternalError, UnsupportedError
+from arkinfer.errors import UnsupportedError
 from arkinfer.exporters import compiled, refusals
 from arkinfer.exporters.base import BuildOptions, Payload, Progress
+from arkinfer.exporters.compiler import Compiler
 from arkinfer.exporters.kernels.tir import pack
+from arkinfer.exporters.kernels.tir.isa import ISAS
 from arkinfer.exporters.lowering import Lowering, Stored
 from arkinfer.exporters.program import Program, Value
 from arkinfer.graph import ModelGraph, Weight
@@ -35,6 +32,20 @@ _DTYPES = {"uint8": "U8", "int8": "I8", "float16": "F16", "float32": "F32", "int
 
 class TvmExporter:
     """Lowers to TIR kernels; one shared library per instruction-set level, one weight file for all of them."""
+
+    def __init__(self) -> None:
+        self._compilers: dict[str, Compiler] = {}
+
+    def prepare(self, target: Target) -> None:
+        """Start one compiler per level: they load TVM while the graph is captured."""
+        if not self._compilers and all(_installed(tool) for tool in TOOLS):
+            self._compilers = {isa: Compiler(isa) for isa in target.arch if isa in ISAS}
+
+    def close(self) -> None:
+        """End compilers that nobody waits for."""
+        for compiler in self._compilers.values():
+            compiler.close()
+        self._compilers = {}
 
     def support(self, model: ModelGraph, target: Target, options: BuildOptions) -> list[str]:
         """Return why the CPU kernels cannot run ``model``; empty if they can."""
@@ -62,24 +73,18 @@ class TvmExporter:
         text = program.to_json()
         names = {isa: compiled.key(text, isa, json.dumps(toolchain, sort_keys=True)) for isa in target.arch}
         missing = [isa for isa in target.arch if not compiled.fetch(names[isa], path(f"payload/{isa}.so"))]
-        with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder) / "program.json"
-            source.write_text(text, encoding="utf-8")
-            compilers = [(isa, _compile(source, isa, path(f"payload/{isa}.so"))) for isa in missing]
-            try:
-                _write_weights(program, lowering.stored, weights, path(WEIGHTS), progress)
-                progress("compile", 0, len(compilers))
-                for done, (isa, compiler) in enumerate(compilers, 1):
-                    _, log = compiler.communicate()
-                    if compiler.returncode:
-                        raise _compiler_failed(isa, compiler.returncode, log)
-                    compiled.keep(names[isa], path(f"payload/{isa}.so"))
-                    progress("compile", done, len(compilers))
-            finally:
-                for _, compiler in compilers:
-                    if compiler.poll() is None:
-                        compiler.kill()
-                        compiler.wait()
+        try:
+            self.prepare(target)
+            for isa in missing:
+                self._compilers[isa].start(text, path(f"payload/{isa}.so"))
+            _write_weights(program, lowering.stored, weights, path(WEIGHTS), progress)
+            for done, isa in enumerate(missing):
+                progress("compile", done, len(missing))
+                self._compilers[isa].finish()
+                compiled.keep(names[isa], path(f"payload/{isa}.so"))
+            progress("compile", len(missing), len(missing))
+        finally:
+            self.close()
         path("payload/program.txt").write_text(program.dump(), encoding="utf-8")
         plan = _plan(model, program, target, options)
         path("payload/plan.json").write_text(json.dumps(plan, sort_keys=True, indent=1) + "\n", encoding="utf-8")
@@ -96,22 +101,6 @@ def _installed(tool: str) -> bool:
     except metadata.PackageNotFoundError:
         return False
     return True
-
-
-def _compile(source: Path, isa: str, out: Path) -> subprocess.Popen[str]:
-    """Start the compiler for one level. A process of its own, because a compiler can crash."""
-    root = str(Path(arkinfer.__file__).resolve().parent.parent)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "arkinfer.exporters.relax", str(source), isa, str(out)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def _compiler_failed(isa: str, code: int, log: str) -> Exception:
-    lines = [line for line in log.splitlines() if line.strip()]
-    facts = {"level": isa, "exit status": code, "last words": lines[-1] if lines else "none"}
-    return InternalError(
-        "the compiler failed", facts=facts, hint="report this with the model's config.json", code="ARK-E710"
-    )
 
 
 def _write_weights(
