@@ -5,27 +5,27 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 from tree import ROOT
 
 HEAVY = ("torch", "onnx", "onnxruntime", "tvm", "tvm_ffi", "triton", "transformers", "tokenizers", "minijinja", "sympy")
-COMMANDS = ("build", "run", "chat", "verify", "bench", "inspect", "targets")
 
 _HELP = """
-import sys
-sys.argv = ["arkinfer", *{arguments!r}]
-try:
-    from arkinfer.cli import main
-    main()
-except SystemExit as exit:
-    assert not exit.code, exit.code
+from arkinfer.cli import COMMANDS, main
+for arguments in [["--help"], *([name, "--help"] for name in COMMANDS)]:
+    try:
+        main(arguments)
+    except SystemExit as exit:
+        assert not exit.code, arguments
 """
 _REPORT = "\nimport json, sys; print('\\n' + json.dumps(sorted(sys.modules)), file=sys.stderr)"
 
 
-def _modules(code: str, folder: Path) -> tuple[set[str], str]:
+@cache
+def _modules(code: str, folder: Path) -> tuple[frozenset[str], str]:
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}{_REPORT}"],
         cwd=folder,
@@ -34,10 +34,10 @@ def _modules(code: str, folder: Path) -> tuple[set[str], str]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return set(json.loads(done.stderr.splitlines()[-1])), done.stdout
+    return frozenset(json.loads(done.stderr.splitlines()[-1])), done.stdout
 
 
-def _loaded(code: str, folder: Path) -> tuple[set[str], str]:
+def _loaded(code: str, folder: Path) -> tuple[frozenset[str], str]:
     """Return the modules that ``code`` loads beyond those of a bare interpreter, and what it prints."""
     bare, _ = _modules("", folder)
     modules, text = _modules(code, folder)
@@ -50,10 +50,9 @@ def test_import_loads_little(tmp_path: Path) -> None:
     assert len(modules) < 60  # 1 of ours, the rest pathlib and its like
 
 
-@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)], ids=lambda command: " ".join(command) or "-")
-def test_help_loads_little(command: tuple[str, ...], tmp_path: Path) -> None:
-    modules, text = _loaded(_HELP.format(arguments=[*command, "--help"]), tmp_path)
-    assert "Usage" in text
+def test_help_of_every_command_loads_little(tmp_path: Path) -> None:
+    modules, text = _loaded(_HELP, tmp_path)
+    assert text.count("Usage: arkinfer") > 8
     assert not modules.intersection(HEAVY)
     assert len(modules) < 400
 
