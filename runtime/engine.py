@@ -77,7 +77,7 @@ class Engine:
         ids = (tokenizer.token_id(tag) for tag in (tags.opening, tags.closing)) if tags is not None else ()
         self.tag_ids = frozenset(index for index in ids if index is not None)
         self._lock = threading.Lock()
-        self._record = threading.Lock()
+        self._record = threading.RLock()  # a stream that the collector frees records itself, wherever that happens
         self._metrics = Metrics()
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._process = os.getpid()

@@ -146,7 +146,7 @@ class _Conversation:
             f"prompts   {metrics.prompt_tokens:,} tokens, {metrics.cached_tokens:,} of them kept from earlier turns",
             err=True,
         )
-        click.echo(f"answers   {metrics.completion_tokens:,} tokens in {metrics.requests} answers", err=True)
+        click.echo(f"answers   {metrics.completion_tokens:,} tokens, {metrics.requests} so far", err=True)
         if self._speeds:
             from arkinfer.cli.speed import decode_sentence
 

@@ -17,7 +17,7 @@ def test_a_conversation(arkinfer: Arkinfer, ark: str) -> None:
     assert done.status == 0
     assert done.out == "Hm.\n\nIt is 4, 你好.\n" * 2
     assert "a new conversation" in done.err and "verified" in done.err
-    assert "1 answers" in done.err and "% of the memory-bandwidth limit" in done.err
+    assert "1 so far" in done.err and "% of the memory-bandwidth limit" in done.err
 
 
 def test_the_end_of_input_ends_it(arkinfer: Arkinfer, ark: str) -> None:
