@@ -37,6 +37,7 @@ class Weight:
     format: str = "dense"
     group: int = 0
     part: str = "weight"  # or "scales"
+    dtype: torch.dtype | None = None  # of a dense matrix as stored; None: as the checkpoint has it
 
     @staticmethod
     def concatenate(parts: Sequence[Weight]) -> Weight:

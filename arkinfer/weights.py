@@ -23,11 +23,11 @@ class CheckpointWeights:
     def __init__(self, checkpoint: Checkpoint, keep_bytes: int = 1 << 30) -> None:
         self._checkpoint = checkpoint
         self._keep_bytes = keep_bytes
-        self._kept: OrderedDict[tuple[str, str, int], Packed] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, str, int, torch.dtype | None], Packed] = OrderedDict()
 
     def packed(self, weight: Weight) -> Packed:
         """Return ``weight`` in the canonical form of its format; matrices are (N, K), vectors dense (N,)."""
-        key = (weight.name, weight.format, weight.group)
+        key = (weight.name, weight.format, weight.group, weight.dtype)
         if key not in self._kept:
             self._kept[key] = self._pack(weight)
             while len(self._kept) > 1 and sum(item.nbytes for item in self._kept.values()) > self._keep_bytes:
@@ -56,6 +56,7 @@ class CheckpointWeights:
             )
         if weight.format == "dense":
             joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+            joined = _converted(joined, weight.dtype, weight.sources[0])
             return Packed("dense", 0, (rows, joined.shape[-1]), joined)
         quantise: Callable[[torch.Tensor], Packed]
         if weight.format == "ternary":
@@ -70,6 +71,21 @@ class CheckpointWeights:
         return Packed(
             weight.format, weight.group, (rows, weight.shape[1]), torch.cat([piece.weight for piece in pieces]), scales
         )
+
+
+def _converted(tensor: torch.Tensor, dtype: torch.dtype | None, name: str) -> torch.Tensor:
+    """Return ``tensor`` as ``dtype``; raises UserError where that would turn large weights into infinities."""
+    if dtype is None or tensor.dtype == dtype:
+        return tensor
+    converted = tensor.to(dtype)
+    if not bool(torch.isfinite(converted).all()):
+        raise UserError(
+            f"{name} holds values that float16 cannot",
+            facts={"largest": float(tensor.abs().max())},
+            hint="--weights fp32 keeps the checkpoint's own values",
+            code="ARK-E128",
+        )
+    return converted
 
 
 def dtypes(checkpoint: Checkpoint) -> Mapping[str, torch.dtype]:

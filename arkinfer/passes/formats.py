@@ -117,7 +117,7 @@ def assign(model: ModelGraph, recipe: Recipe, dtypes: Mapping[str, torch.dtype])
             stored = replace(weight, format=form, group=group)
             rows, width = weight.shape
             if form == "dense":
-                packed[node.name] = [model.add_weight(stored, dtype=dtype), None]
+                packed[node.name] = [model.add_weight(replace(stored, dtype=dtype), dtype=dtype), None]
             else:
                 bytes_per_row = {"int8": width, "int4": width // 2, "ternary": -(-width // 4)}[form]
                 kind = torch.int8 if form == "int8" else torch.uint8
