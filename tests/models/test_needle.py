@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from examples.needle import make, retrieve
 
 from arkinfer.checkpoint import BUNDLED
 from arkinfer.config import SparseConfig
 from arkinfer.models.decoder import CausalLM
+from examples.needle import make, retrieve
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,10 @@ def test_finds_every_needle_among_few_selected_blocks(sparse_model: CausalLM, dt
 def test_a_key_that_was_not_hidden_gets_no_answer() -> None:
     model = retrieve.open_model("dense")
     words = make.vocabulary()
-    text = [1, *(words.index(word) for word in "the fox crimson by the river what is the otter".split())]
+    text = [
+        1,
+        *(words.index(word) for word in ["the", "fox", "crimson", "by", "the", "river", "what", "is", "the", "otter"]),
+    ]
     with torch.no_grad():
         logits = model.head(model(torch.tensor(text), torch.arange(len(text))))
     assert words[int(logits[-1].argmax())] == "</s>"

@@ -129,7 +129,7 @@ def test_visible_kernels_in_the_published_sizes() -> None:
     assert torch.equal(infllm.visible_kernels(positions, 128, 64), ((positions + 1) // 64 - 1).clamp(min=0))
 
 
-@pytest.mark.parametrize("length", range(0, 60))
+@pytest.mark.parametrize("length", range(60))
 def test_compressed_keys_do_not_depend_on_later_tokens(length: int) -> None:
     k = torch.randn(60, 2, 3, generator=torch.Generator().manual_seed(1))
     whole = infllm.compress_keys(k, 6, 2)

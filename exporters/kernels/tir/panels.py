@@ -68,7 +68,7 @@ def _kept(source: Source, isa: Isa, results: Sequence[Sequence[str]]) -> str:
 def _finish(source: Source, panel: str, row: str, values: Sequence[str], bias: bool, gated: bool) -> None:
     """Write outputs ``panel * 16``.. of token ``row`` to ``y``, without those beyond the last column N."""
     start = f"{panel} * {PANEL}"
-    value = source.let("value", swiglu(source, *values, PANEL) if gated else values[0])
+    value = source.let("value", swiglu(source, values[0], values[1], PANEL) if gated else values[0])
     with source.block(f"if {start} + {PANEL} <= N"):
         source.line(f"y[{row}, {ramp(start, PANEL)}] = {value}" + (f" + bias[{ramp(start, PANEL)}]" if bias else ""))
     with source.block("else"):
