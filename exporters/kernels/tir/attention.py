@@ -22,7 +22,7 @@ from arkinfer.exporters.kernels.tir.attention_tile import (
 from arkinfer.exporters.kernels.tir.isa import Isa
 from arkinfer.exporters.kernels.tir.source import Source, ramp, real, splat
 
-SPLIT = 512  # tokens; partial results add about 3 % to what is read of a float16 cache
+SPLIT = 1024  # tokens; partial results add about 2 % to what is read of a float16 cache
 DENSE_BLOCK = 64  # tokens of a block where no sparse configuration says otherwise
 _LANES = 8  # classes of splits, by their number's remainder, that the decode form runs in parallel
 TILE_ROWS = 32  # rows of a prefill tile: their state should stay in the first-level cache

@@ -145,7 +145,8 @@ class _Select:
             ]
             with source.loop("row", self.rows // self.height):
                 query = hold(source, "query", f"row * {self.height * dim}")
-                sums = scores(source, self.height, dim, f"{name}_flat", self.kv, panels, "query", query)
+                ahead = (f"{name}_flat", f"{panels[0]} + {self.step * dim}")
+                sums = scores(source, self.height, dim, f"{name}_flat", self.kv, panels, "query", query, ahead)
                 for r in range(self.height):
                     for i in range(self.width):
                         at = f"(row * {self.height} + {r}) * {kernels} + tile * {self.step} + {i * LANES}"
