@@ -76,7 +76,6 @@ def _words(random: Random, b: Brief) -> dict[str, str]:
     return {
         "N": b.name,
         "k": b.kind,
-        "ak": article(b.kind),
         "adj": random.choice(ADJECTIVES),
         "adj2": random.choice(ADJECTIVES),
         "he": "he" if b.male else "she",
@@ -89,7 +88,6 @@ def _words(random: Random, b: Brief) -> dict[str, str]:
         "afk": article(b.friend_kind),
         "fhe": "he" if b.friend_male else "she",
         "fhim": "him" if b.friend_male else "her",
-        "FHe": "He" if b.friend_male else "She",
         "fhis": "his" if b.friend_male else "her",
         "p": b.place[0],
         "P": capital(b.place[0]),
@@ -98,9 +96,7 @@ def _words(random: Random, b: Brief) -> dict[str, str]:
         "c": b.colour,
         "co": f"{b.colour} {b.thing}",
         "aco": article(f"{b.colour} {b.thing}"),
-        "s1": spots[0],
-        "s2": spots[1],
-        "s3": spots[2],
+        **{f"s{number}": spot for number, spot in enumerate(spots, 1)},
         "w": random.choice(WEATHER),
         "good": random.choice(GOOD),
         "good2": random.choice(GOOD),
@@ -474,10 +470,8 @@ def story(random: Random, b: Brief) -> str:
         sentences.append(random.choice(ENDINGS))
         if breaks:
             breaks.add(len(sentences) - random.choice((1, 2)))
-    parts: list[str] = []
-    for index, sentence in enumerate(sentences):
-        parts.append(("\n\n" if index in breaks else " ") + sentence.format_map(words))
-    return "".join(parts).strip()
+    gaps = ["\n\n" if index in breaks else " " for index in range(len(sentences))]
+    return "".join(gap + text.format_map(words) for gap, text in zip(gaps, sentences, strict=True)).strip()
 
 
 def plan(random: Random, b: Brief) -> str:
