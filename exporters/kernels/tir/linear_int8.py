@@ -29,7 +29,7 @@ from arkinfer.exporters.kernels.tir.source import (
 
 UNROLL = 4  # chunks per round of the inner loop for one token; more tokens fill a round with one
 
-# Chunks between a load and the prefetch of one to come: hardware stops at pages of 4 KiB, and one token reads each once.
+# Chunks between a load and the prefetch of one to come: left alone, hardware stops at each page of 4 KiB.
 AHEAD = 64
 
 Sums = list[list[list[list[str]]]]  # buffer names [panel][token][part][way]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ import tvm
 
 from arkinfer.exporters.kernels.tir.isa import ISAS, Isa
 from arkinfer.targets.probe import isa_levels
+
+# Read when the pool starts: threads that spin for work slow each other down where tests share few cores.
+os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "0")
 
 RUNNABLE = [name for name in ISAS if name in isa_levels()]
 
