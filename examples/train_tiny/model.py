@@ -66,11 +66,11 @@ def new(seed: int) -> CausalLM:
 
 
 @contextmanager
-def batched(rows: int) -> Iterator[None]:
+def batched(rows: int, documents: torch.Tensor | None = None) -> Iterator[None]:
     """Let the batch-1 module train on ``rows`` equal sequences laid end to end.
 
     Everything but attention works token by token, so only attention needs to know where sequences begin; positions
-    restart at 0 in each.
+    restart at 0 in each. With ``documents`` (rows, length), tokens see only tokens of their own number.
     """
 
     def attend(
@@ -87,6 +87,9 @@ def batched(rows: int) -> Iterator[None]:
         # The queries of one group stand below each other: one product per kv head. On CPU twice as fast as SDPA.
         scores = (q.reshape(rows, kv_heads, -1, q.shape[3]) * scale) @ k.mT
         after = torch.full((length, length), float("-inf"), dtype=scores.dtype).triu(1)
+        if documents is not None:
+            apart = documents[:, :, None] != documents[:, None, :]  # (rows, length, length)
+            after = after.masked_fill(apart, float("-inf"))[:, None, None]
         shares = (scores.unflatten(2, (-1, length)) + after).softmax(dim=-1).flatten(2, 3)
         return (shares @ v).view_as(q).transpose(1, 2).flatten(0, 1)  # (tokens, heads, head_dim)
 

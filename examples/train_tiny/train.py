@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -22,10 +23,9 @@ from tokenizers import Tokenizer
 STEP_TOKENS = 8192
 READING_STEP_TOKENS = 4096
 LENGTH, LONG_LENGTH = 512, 2048
-WORKERS = (
-    2  # processes of one thread, each with half of a step: they wait for each other once a step, not once an operator
-)
-LONG_SHARE = 0.12  # of the steps, at the end, with long rows: so that every position up to the limit has been seen
+# Processes of one thread, each with its share of a step: they wait for each other once a step, not once an operator.
+WORKERS = 2
+LONG_EVERY = 6  # one step in so many has long rows: so that every position up to the limit is seen
 
 
 def rows(tokenizer: Tokenizer, seed: int, reading: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -58,9 +58,21 @@ def rows(tokenizer: Tokenizer, seed: int, reading: bool) -> Iterator[tuple[torch
         length = yield torch.tensor(ids), torch.tensor(weights)
 
 
-def factor(step: int, steps: int, warm: int, decay: float) -> float:
-    """Warm-up, constant, then linear to nothing over the last ``decay`` share."""
-    return min(1.0, (step + 1) / warm, (steps - step) / max(1.0, decay * steps))
+@dataclass(frozen=True)
+class Leg:
+    """``steps`` steps: rates of Muon and AdamW, the share of steps in which they fall, which data, which weights."""
+
+    steps: int
+    rate: float
+    other_rate: float
+    decay: float
+    seed: int
+    reading: bool
+    ternary: bool
+
+    def factor(self, step: int) -> float:
+        """Warm-up over 40 steps, constant, then linear to nothing."""
+        return min(1.0, (step + 1) / 40, (self.steps - step) / max(1.0, self.decay * self.steps))
 
 
 def average(parameters: list[torch.Tensor]) -> None:
@@ -72,32 +84,21 @@ def average(parameters: list[torch.Tensor]) -> None:
         gradient.copy_(mean.view_as(gradient))
 
 
-def train(
-    model: tiny.CausalLM,
-    tokenizer: Tokenizer,
-    steps: int,
-    rate: float,
-    other_rate: float,
-    decay: float,
-    as_ternary: bool,
-    seed: int,
-    reading: bool,
-    work: Path,
-) -> None:
-    """Train in place."""
+def train(model: tiny.CausalLM, tokenizer: Tokenizer, leg: Leg, folder: Path) -> None:
+    """Train in place; the first worker exports to ``folder`` now and then, and at the end."""
     parameters = dict(model.named_parameters())
     matrices = {name: p for name, p in parameters.items() if tiny.is_matrix(name)}
     others = {name: p for name, p in parameters.items() if name not in matrices}
-    optimiser = Optimiser(matrices, others, rate, other_rate)
+    optimiser = Optimiser(matrices, others, leg.rate, leg.other_rate)
     rank = distributed.get_rank()
-    step_tokens = READING_STEP_TOKENS if reading else STEP_TOKENS
-    stream = rows(tokenizer, seed * WORKERS + rank, reading)
+    step_tokens = READING_STEP_TOKENS if leg.reading else STEP_TOKENS
+    stream = rows(tokenizer, leg.seed * WORKERS + rank, leg.reading)
     next(stream)
 
     def loss_of(
         ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        current = tiny.quantised(parameters) if as_ternary else parameters
+        current = tiny.quantised(parameters) if leg.ternary else parameters
 
         hidden = torch.func.functional_call(model, current, (ids, positions))
         learned = weights.nonzero().squeeze(1)  # the head is a fifth of the work: only where it matters
@@ -109,27 +110,31 @@ def train(
 
     began = time.monotonic()
     recent: list[float] = []
-    for step in range(steps):
-        length = LONG_LENGTH if decay and step >= steps * (1 - LONG_SHARE) else LENGTH
+    for step in range(leg.steps):
+        length = LONG_LENGTH if leg.reading and step % LONG_EVERY == 0 else LENGTH
         count = step_tokens // length // WORKERS
         batch = [stream.send(length) for _ in range(count)]  # type: ignore[attr-defined]
         ids = torch.stack([ids for ids, _ in batch])
         weights = torch.stack([w for _, w in batch])[:, 1:].reshape(-1)
         positions = torch.arange(length).repeat(count)
-        with tiny.batched(count), torch.autocast("cpu", torch.bfloat16):
+        # In long rows the samples see each other, as the turns of a long conversation do.
+        documents = (ids[:, :-1] == tokens.BOS).cumsum(1) if length == LENGTH else None
+        with tiny.batched(count, documents), torch.autocast("cpu", torch.bfloat16):
             loss = loss_of(ids[:, :-1].reshape(-1), positions, ids[:, 1:].reshape(-1), weights)
         loss.backward()
         average(list(parameters.values()))
-        optimiser.step(factor(step, steps, 40, decay), momentum=min(0.95, 0.85 + 0.1 * step / 200))
+        optimiser.step(leg.factor(step), momentum=min(0.95, 0.85 + 0.1 * step / 200))
         recent.append(loss.item())
-        if rank == 0 and ((step + 1) % 20 == 0 or step + 1 == steps):
+        if rank == 0 and ((step + 1) % 20 == 0 or step + 1 == leg.steps):
             spent = time.monotonic() - began
             rate_now = (step + 1) * step_tokens / spent
-            message = f"{step + 1}/{steps} loss {sum(recent) / len(recent):.4f} {rate_now:.0f} tokens/s {spent:.0f} s"
+            message = (
+                f"{step + 1}/{leg.steps} loss {sum(recent) / len(recent):.4f} {rate_now:.0f} tokens/s {spent:.0f} s"
+            )
             print(message, file=sys.stderr, flush=True)
             recent = []
-        if rank == 0 and (step + 1) % 100 == 0:
-            torch.save(model.state_dict(), work / ("bitcpm.pt" if as_ternary else "minicpm.pt"))
+        if rank == 0 and ((step + 1) % 200 == 0 or step + 1 == leg.steps):
+            tiny.export(model, tokenizer, folder, leg.ternary)
 
 
 def work(rank: int, rendezvous: str, arguments: argparse.Namespace) -> None:
@@ -139,14 +144,13 @@ def work(rank: int, rendezvous: str, arguments: argparse.Namespace) -> None:
     tokenizer = tokens.train()
     model = tiny.new(arguments.seed)
     stories, reading, ternary = arguments.steps
-    seed, out = arguments.seed, arguments.out
-    train(model, tokenizer, stories, 0.02, 0.004, 0.0, False, seed + 1, False, out)
-    train(model, tokenizer, reading, 0.015, 0.003, 0.8, False, seed + 3, True, out)
-    if rank == 0:
-        tiny.export(model, tokenizer, out / "tiny-minicpm", as_ternary=False)
-    train(model, tokenizer, ternary, 0.01, 0.002, 0.7, True, seed + 2, True, out)
-    if rank == 0:
-        tiny.export(model, tokenizer, out / "tiny-bitcpm", as_ternary=True)
+    seed: int = arguments.seed * 10
+    for leg in (
+        Leg(stories, 0.02, 0.004, decay=0.0, seed=seed + 1, reading=False, ternary=False),
+        Leg(reading, 0.015, 0.003, decay=0.8, seed=seed + 2, reading=True, ternary=False),
+        Leg(ternary, 0.01, 0.002, decay=0.7, seed=seed + 3, reading=True, ternary=True),
+    ):
+        train(model, tokenizer, leg, arguments.out / ("tiny-bitcpm" if leg.ternary else "tiny-minicpm"))
     distributed.destroy_process_group()
 
 
