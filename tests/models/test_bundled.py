@@ -15,6 +15,7 @@ import arkinfer
 from arkinfer.config import ModelConfig
 from arkinfer.models import create
 from arkinfer.quant.ternary import detect, pack
+from arkinfer.runtime.template import ChatTemplate
 
 FOLDER = Path(arkinfer.__file__).parent / "bundled"
 NAMES = ("tiny-minicpm", "tiny-bitcpm")
@@ -43,15 +44,9 @@ def _model(name: str) -> Any:
     return model.eval()
 
 
-def _render(name: str, messages: list[dict[str, str]], **options: Any) -> str:
-    import minijinja
-    from minijinja import pycompat
-
-    environment = minijinja.Environment(trim_blocks=True, lstrip_blocks=True, pycompat=True)
-    assert pycompat is not None
-    return environment.render_str(
-        _json(name, "tokenizer_config.json")["chat_template"], messages=messages, add_generation_prompt=True, **options
-    )
+def _render(name: str, messages: list[dict[str, str]], thinking: bool | None = None) -> str:
+    source = _json(name, "tokenizer_config.json")["chat_template"]
+    return ChatTemplate(source, {"bos_token": "<s>", "eos_token": "<|im_end|>"}).render(messages, thinking=thinking)
 
 
 @torch.no_grad()
@@ -137,8 +132,7 @@ def test_marks_are_plain_tokens_and_controls_are_special(name: str) -> None:
     ],
 )
 def test_template_switches_thinking(suffix: str, option: bool | None, thinks: bool) -> None:
-    options = {} if option is None else {"enable_thinking": option}
-    text = _render("tiny-minicpm", [{"role": "user", "content": "Hi" + suffix}], **options)
+    text = _render("tiny-minicpm", [{"role": "user", "content": "Hi" + suffix}], option)
     head = f"<|im_start|>user\nHi{suffix}<|im_end|>\n<|im_start|>assistant\n"
     assert text == head + ("" if thinks else "<think>\n\n</think>\n\n")
 
@@ -152,8 +146,9 @@ def test_template_drops_old_reasoning_and_equals_transformers() -> None:
         {"role": "user", "content": "Bye"},
     ]
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(FOLDER / "tiny-minicpm")
-    for options in ({}, {"enable_thinking": False}, {"enable_thinking": True}):
-        ours = _render("tiny-minicpm", messages, **options)
+    for thinking in (None, False, True):
+        ours = _render("tiny-minicpm", messages, thinking)
+        options = {} if thinking is None else {"enable_thinking": thinking}
         assert "Greet" not in ours and "<|im_start|>assistant\nHello!<|im_end|>\n" in ours
         assert ours == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
 
@@ -169,7 +164,7 @@ def test_answers_from_the_context_and_thinks_only_when_asked(name: str) -> None:
     model, tokenizer = _model(name), _tokenizer(name)
     question = "Mia's red ball is under the bed. Tom's hat is on the roof. Where is Mia's ball?"
     messages = [{"role": "user", "content": question}]
-    plain = _answer(model, tokenizer, _render(name, messages, enable_thinking=False))
+    plain = _answer(model, tokenizer, _render(name, messages, False))
     assert plain == "Mia's ball is under the bed."
-    thought = _answer(model, tokenizer, _render(name, messages, enable_thinking=True))
+    thought = _answer(model, tokenizer, _render(name, messages, True))
     assert thought.startswith("<think>\n") and thought.endswith("</think>\n\nMia's ball is under the bed.")
