@@ -37,12 +37,10 @@ def test_finds_every_needle_among_few_selected_blocks(sparse_model: CausalLM, dt
 def test_a_key_that_was_not_hidden_gets_no_answer() -> None:
     model = retrieve.open_model("dense")
     words = make.vocabulary()
-    text = [
-        1,
-        *(words.index(word) for word in ["the", "fox", "crimson", "by", "the", "river", "what", "is", "the", "otter"]),
-    ]
+    text = ["<s>", "the", "fox", "crimson", "by", "the", "river", "what", "is", "the", "otter"]
+    tokens = torch.tensor([words.index(word) for word in text])
     with torch.no_grad():
-        logits = model.head(model(torch.tensor(text), torch.arange(len(text))))
+        logits = model.head(model(tokens, torch.arange(len(tokens))))
     assert words[int(logits[-1].argmax())] == "</s>"
 
 

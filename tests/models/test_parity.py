@@ -101,9 +101,8 @@ def test_minicpm_equals_the_llama_with_its_scales_folded_in() -> None:
 @pytest.mark.parametrize("sparse", [None, SparseConfig(4, 2, 8, 1, 16, 3, dense_len=40)], ids=["dense", "sparse"])
 def test_chunks_equal_one_pass(sparse: SparseConfig | None) -> None:
     torch.manual_seed(4)
-    config = dataclasses.replace(
-        ModelConfig.from_json({**SIZES, "architectures": ["MiniCPMForCausalLM"]}), sparse=sparse
-    )
+    config = ModelConfig.from_json({**SIZES, "architectures": ["MiniCPMForCausalLM"]})
+    config = dataclasses.replace(config, sparse=sparse)
     model, tokens = create(config), torch.randint(0, 128, (90,))
     caches, start, pieces = new_caches(config, 96), 0, []
     with torch.no_grad():

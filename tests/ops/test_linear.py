@@ -59,7 +59,7 @@ cases = st.tuples(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(cases)
 def test_packed_formats_are_exact(case) -> None:  # type: ignore[no-untyped-def]
     format, (width, group), rows, tokens, asymmetric, reorder, seed = case
@@ -74,7 +74,7 @@ def test_packed_formats_are_exact(case) -> None:  # type: ignore[no-untyped-def]
     np.testing.assert_allclose(actual.numpy() / scale, expected / scale, atol=2e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(cases)
 def test_int8_activations_follow_the_definition(case) -> None:  # type: ignore[no-untyped-def]
     format, (width, group), rows, tokens, asymmetric, reorder, seed = case
