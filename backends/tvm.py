@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -295,6 +296,19 @@ class TvmExecutor(Executor):
     def prefill_ops(self, tokens: int, depth: int) -> int:
         """Return the operations of the linear layers for ``tokens`` prompt tokens (attention excluded)."""
         return int(self.plan["ops_per_token"]) * tokens
+
+    def peak_ops(self) -> float:
+        """Return the best rate over a few runs of the dot product, all threads busy, no memory touched."""
+        plan = self.plan["peak"]
+        values = _aligned((plan["values"],), np.dtype(plan["dtype"]))
+        values[:] = np.arange(values.size) % 100
+        source, items = self.ffi.from_dlpack(values), 4 * self.threads
+        best = 0.0
+        for _ in range(8):
+            start = time.perf_counter()
+            self._machine["peak"](source, self.ffi.Shape([items]))
+            best = max(best, items * plan["operations"][self.isa] / (time.perf_counter() - start))
+        return best
 
     def close(self) -> None:
         """Drop the module and the weight map."""

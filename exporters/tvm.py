@@ -16,7 +16,7 @@ from arkinfer.errors import UnsupportedError
 from arkinfer.exporters import compiled, refusals
 from arkinfer.exporters.base import BuildOptions, Payload, Progress
 from arkinfer.exporters.compiler import Compiler
-from arkinfer.exporters.kernels.tir import pack
+from arkinfer.exporters.kernels.tir import pack, peak
 from arkinfer.exporters.kernels.tir.isa import ISAS
 from arkinfer.exporters.lowering import Lowering, Stored
 from arkinfer.exporters.program import Program, Value
@@ -179,6 +179,7 @@ def _plan(model: ModelGraph, program: Program, target: Target, options: BuildOpt
     }
     linears = {name for call in program.calls if call.kernel.startswith("linear") for name in call.inputs}
     matrices = [model.weight_of(node) for node in model.graph.nodes if node.target is torch.ops.arkinfer.linear.default]
+    whole = any(call.kernel == "linear_int8" for call in program.calls)
     frequencies = next(iter(model.constants.values())).float().tolist()
     return {
         "isa": list(target.arch),
@@ -204,6 +205,11 @@ def _plan(model: ModelGraph, program: Program, target: Target, options: BuildOpt
             "weights": sum(size for name, size in sizes.items() if name in linears),
             "kv_per_token": 2 * row * item + scales,
             "compressed_per_token": compressed,
+        },
+        "peak": {
+            "values": 64 * peak.SOURCES if whole else 16 * peak.SOURCES,
+            "dtype": "int8" if whole else "float32",
+            "operations": {isa: peak.operations(ISAS[isa], whole) for isa in target.arch},
         },
         "ops_per_token": sum(2 * weight.shape[0] * weight.shape[1] for weight in matrices),
     }
