@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 
 import arkinfer
@@ -28,6 +29,7 @@ from arkinfer.runtime.tokenizer import Tokenizer
 from arkinfer.weights import CheckpointWeights, dtypes
 
 Progress = Callable[[str, int, int], None]
+SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 KV = ("fp32", "fp16", "int8")
 ATTENTION = ("auto", "dense", "sparse")
 _FLOAT_WEIGHTS = (
@@ -253,13 +255,28 @@ def _copy_assets(checkpoint: Checkpoint, writer: Writer) -> None:
         "bos_id": config.bos_id,
         "eos_ids": sorted({*config.eos_ids, *(eos if isinstance(eos, list) else [eos])} - {None}),
         "pad_id": config.pad_id,
-        "add_bos": bool(settings.get("add_bos_token", False)),
+        "add_bos": _adds_bos(tokenizer, settings, config.bos_id),
+        "tokens": {name: text for name in SPECIAL if (text := _spelling(settings.get(name))) is not None},
         "temperature": float(defaults.get("temperature", 1.0)) if sampled else 0.0,
         "top_p": float(defaults.get("top_p", 1.0)),
         "top_k": int(defaults.get("top_k", 0) or 0),
         "thinking": {"open": "<think>", "close": "</think>"} if isinstance(text, str) and "<think>" in text else None,
     }
     writer.path("generation.json").write_text(json.dumps(generation, sort_keys=True, indent=1) + "\n", encoding="utf-8")
+
+
+def _spelling(token: object) -> str | None:
+    """Return the text of a special token, which tokenizer_config.json gives as a string or an object."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def _adds_bos(tokenizer: Path, settings: Mapping[str, Any], bos_id: int | None) -> bool:
+    """Tell whether plain text starts with BOS: by ``add_bos_token``, else by what the tokenizer itself adds."""
+    if (stated := settings.get("add_bos_token")) is not None or bos_id is None:
+        return bool(stated)
+    ids = tokenizers.Tokenizer.from_file(str(tokenizer)).encode("a").ids
+    return bool(ids) and ids[0] == bos_id
 
 
 def describe(model: str | Path) -> dict[str, Any]:

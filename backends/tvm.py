@@ -24,6 +24,7 @@ from arkinfer.backends.base import Executor, State
 from arkinfer.errors import ArtifactError, UnsupportedError, UserError
 from arkinfer.targets.probe import isa_levels
 
+PLAN_FORMAT = 1  # of payload/plan.json
 BLOCK = 64  # capacities are whole attention blocks
 NEVER = 2**62  # a dense_len that no position reaches
 _CPU = 1  # DLPack's kDLCPU
@@ -134,6 +135,13 @@ class TvmExecutor(Executor):
             raise UserError(f"threads must be at least 1, not {self.threads}", code="ARK-E212")
         self.ffi = _ffi(self.threads)
         plan = json.loads(artifact.file("payload/plan.json").read_text(encoding="utf-8"))
+        if plan.get("format") != PLAN_FORMAT:
+            raise ArtifactError(
+                "the artifact was built by another version of arkinfer",
+                facts={"plan format": plan.get("format"), "this version reads": PLAN_FORMAT},
+                hint="arkinfer build MODEL -o NAME.ark --force",
+                code="ARK-E512",
+            )
         self.plan = plan
         usable = isa_levels()
         self.isa = next((level for level in plan["isa"] if level in usable), "")

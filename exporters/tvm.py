@@ -26,6 +26,7 @@ from arkinfer.reference import WeightSource
 from arkinfer.targets import Target
 
 WEIGHTS = "weights-cpu.safetensors"
+PLAN_FORMAT = 1  # of payload/plan.json; the backend refuses any other
 TOOLS = ("apache-tvm", "apache-tvm-ffi", "ziglang")
 _DTYPES = {"uint8": "U8", "int8": "I8", "float16": "F16", "float32": "F32", "int32": "I32", "uint16": "BF16"}
 
@@ -182,6 +183,7 @@ def _plan(model: ModelGraph, program: Program, target: Target, options: BuildOpt
     whole = any(call.kernel == "linear_int8" for call in program.calls)
     frequencies = next(iter(model.constants.values())).float().tolist()
     return {
+        "format": PLAN_FORMAT,
         "isa": list(target.arch),
         "vocab_size": config.vocab_size,
         "max_context": options.context,

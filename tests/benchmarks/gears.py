@@ -2,8 +2,8 @@
 
     python tests/benchmarks/gears.py model.ark --depths 8192,32768,131000 --rounds 3 --out RESULTS.json
 
-The context is filled with random keys and values, not computed. Beside each measured ratio stands the one that the bytes
-alone allow: what a dense step must read over what a sparse step must read, weights included.
+The context is filled with random keys and values, not computed. Beside each measured ratio stands the one that the
+bytes alone allow: what a dense step must read over what a sparse step must read, weights included.
 """
 
 from __future__ import annotations
