@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 import torch
 
 import arkinfer
@@ -275,8 +274,7 @@ def _adds_bos(tokenizer: Path, settings: Mapping[str, Any], bos_id: int | None) 
     """Tell whether plain text starts with BOS: by ``add_bos_token``, else by what the tokenizer itself adds."""
     if (stated := settings.get("add_bos_token")) is not None or bos_id is None:
         return bool(stated)
-    ids = tokenizers.Tokenizer.from_file(str(tokenizer)).encode("a").ids
-    return bool(ids) and ids[0] == bos_id
+    return Tokenizer.from_file(tokenizer).puts_first(bos_id)
 
 
 def describe(model: str | Path) -> dict[str, Any]:

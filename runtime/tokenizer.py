@@ -42,6 +42,11 @@ class Tokenizer:
         """Return the ids of ``text``. Special tokens written in it are recognised; none is added."""
         return list(self._inner.encode(text, add_special_tokens=False).ids)
 
+    def puts_first(self, index: int) -> bool:
+        """Tell whether the tokenizer, left to itself, starts every text with the token ``index``."""
+        ids = self._inner.encode("a", add_special_tokens=True).ids
+        return bool(ids) and ids[0] == index
+
     def decode(self, ids: Sequence[int], keep: Collection[int] = ()) -> str:
         """Return the text of ``ids`` without special tokens, except those in ``keep``."""
         stream = self.stream(keep)

@@ -28,10 +28,11 @@ LIBRARIES = {
     "targets": {"yaml"},
 }
 OWNERS = {
+    "arkinfer/pipeline.py": {"tokenizers"},  # names its version in the manifest
     "backends/tvm.py": {"tvm_ffi"},
     "exporters/tvm.py": {"torch"},  # reads weights as tensors
     "exporters/lowering.py": {"torch"},  # walks the graph, which is torch.fx's
-    "exporters/relax.py": {"tvm"},
+    "exporters/relax.py": {"tvm", "ziglang"},
     "exporters/kernels/tir/source.py": {"tvm"},
 }
 # Torch-free parts of `arkinfer/`: loaded by `import arkinfer`, every --help, and on devices.
