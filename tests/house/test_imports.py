@@ -28,7 +28,7 @@ LIBRARIES = {
     "targets": {"yaml"},
 }
 OWNERS = {
-    "arkinfer/pipeline.py": {"tokenizers"},  # names its version in the manifest
+    "arkinfer/pipeline.py": {"tokenizers"},  # asks whether a tokenizer adds BOS itself
     "backends/tvm.py": {"tvm_ffi"},
     "exporters/tvm.py": {"torch"},  # reads weights as tensors
     "exporters/lowering.py": {"torch"},  # walks the graph, which is torch.fx's
