@@ -46,11 +46,12 @@ def _with_int8_activations(x: torch.Tensor, packed: Packed) -> torch.Tensor:
     per_group = packed.scales.float()
     spans = group_extent(packed.group, width)
     out = x.new_zeros((x.shape[0], rows), dtype=torch.float32)
+    # float32 holds integers up to 2**24 exactly: 1024 products of 127 * 127; float64 holds any sum that occurs.
+    exact = torch.float32 if extent <= 1024 else torch.float64
     for index in range(values.shape[1]):
         for start in range(0, extent, min(spans, extent)):
             part = slice(start, start + min(spans, extent))
-            # float64 holds every sum of int8 products exactly, whatever the group length.
-            dot = codes[:, index, part].double() @ values[:, index, part].double().T  # (n, N)
+            dot = codes[:, index, part].to(exact) @ values[:, index, part].to(exact).T  # (n, N)
             scale = per_group[:, (index * extent + start) // spans]
             out += activation_scales[:, index, None] * scale * dot.float()
     return out
