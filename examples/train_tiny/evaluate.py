@@ -19,6 +19,7 @@ import model as tiny
 import tokens
 import torch
 from corpus import NO_THOUGHT, Conversation, Turn
+from facts import facts, passage
 from tokenizers import Tokenizer
 
 from arkinfer.ops.attention import new_caches
@@ -73,39 +74,34 @@ def exact(model: tiny.CausalLM, tokenizer: Tokenizer, talk: Conversation) -> boo
     return model.head(hidden)[len(asked) - 1 :].argmax(1).tolist() == answer
 
 
-def _facts(count: int, first_only: bool) -> Check:
+def _stated(count: int) -> Check:
+    """``count`` facts and one question."""
+
     def make(random: Random) -> Conversation:
-        while True:
-            talk = corpus.fact_talk(random)
-            if (len(talk.turns) == 1) == first_only and (first_only or len(talk.turns) > 2):
-                return talk
+        stated = facts(random, count)
+        question, answer = random.choice(random.choice(stated).questions)
+        return Conversation("", [Turn(f"{passage(random, stated)} {question}", "", answer)])
 
     return make
+
+
+def _later_turn(random: Random) -> Conversation:
+    while True:
+        talk = corpus.fact_talk(random)
+        if len(talk.turns) > 2:
+            return talk
 
 
 def _one(source: Callable[[Random], tuple[str, str, str]]) -> Check:
     return lambda random: Conversation("", [Turn(*source(random))])
 
 
-def _story_question(random: Random) -> Conversation:
-    return corpus.story_talk(random)
-
-
-def _where(random: Random) -> Conversation:
-    """Eight facts, one question: the longest form."""
-    from facts import facts, passage
-
-    stated = facts(random, 8)
-    fact = random.choice(stated)
-    question, answer = random.choice(fact.questions)
-    return Conversation("", [Turn(f"{passage(random, stated)} {question}", "", answer)])
-
-
 CHECKS: dict[str, Check] = {
-    "fact in the context, one question": _facts(3, True),
-    "fact in the context, later turn": _facts(3, False),
-    "eight facts, one question": _where,
-    "question about a story": _story_question,
+    "one of two stated facts": _stated(2),
+    "one of four stated facts": _stated(4),
+    "one of eight stated facts": _stated(8),
+    "stated facts, third question or later": _later_turn,
+    "question about a story": corpus.story_talk,
     "animals": _one(knowledge.animal_question),
     "sums": _one(knowledge.sum_question),
     "repeat after me": _one(
@@ -151,7 +147,6 @@ def main() -> None:
     parser.add_argument("--thoughts", type=int, default=60)
     parser.add_argument("--show", action="store_true", help="print a few texts first")
     arguments = parser.parse_args()
-    torch.set_num_threads(2)
     model, tokenizer = tiny.load(arguments.folder), Tokenizer.from_file(str(arguments.folder / "tokenizer.json"))
     if arguments.show:
         for user, thinking in (
