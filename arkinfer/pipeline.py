@@ -255,7 +255,7 @@ def _copy_assets(checkpoint: Checkpoint, writer: Writer) -> None:
         "eos_ids": sorted({*config.eos_ids, *(eos if isinstance(eos, list) else [eos])} - {None}),
         "pad_id": config.pad_id,
         "add_bos": _adds_bos(tokenizer, settings, config.bos_id),
-        "tokens": {name: text for name in SPECIAL if (text := _spelling(settings.get(name))) is not None},
+        "tokens": {name: token for name in SPECIAL if (token := _spelling(settings.get(name))) is not None},
         "temperature": float(defaults.get("temperature", 1.0)) if sampled else 0.0,
         "top_p": float(defaults.get("top_p", 1.0)),
         "top_k": int(defaults.get("top_k", 0) or 0),
