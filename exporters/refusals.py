@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from arkinfer.exporters.base import BuildOptions
+from arkinfer.exporters.kernels.tir import attention
+from arkinfer.exporters.kernels.tir.isa import ISAS
 from arkinfer.graph import ModelGraph
 from arkinfer.ops.linear import activation_group
 from arkinfer.passes.formats import linears
@@ -13,20 +15,15 @@ LANES = 16  # the kernels work on vectors of 16 values along every inner axis
 
 def reasons(model: ModelGraph, target: Target, options: BuildOptions) -> list[str]:
     """Return one sentence per obstacle; empty if ``model`` can be lowered."""
-    from arkinfer.exporters.kernels.tir.isa import ISAS
-
     config = model.config
     found = [f"no kernels are generated for the level {level}" for level in target.arch if level not in ISAS]
-    for name, value in (
-        ("head_dim", config.head_dim),
-        ("hidden_size", config.hidden_size),
-        ("intermediate_size", config.intermediate_size),
-    ):
+    for name, value in (("hidden_size", config.hidden_size), ("intermediate_size", config.intermediate_size)):
         if value % LANES:
             found.append(f"{name} {value} is not a multiple of {LANES}")
+    # The kernels for both gears are built whatever the default gear, so that one artifact can be opened in either.
     sparse = config.sparse
-    if sparse is not None and options.attention != "dense" and sparse.block_size % LANES:
-        found.append(f"sparse_config.block_size {sparse.block_size} is not a multiple of {LANES}")
+    sizes = () if sparse is None else (sparse.block_size, sparse.kernel_stride)
+    found += attention.unsupported(config.head_dim, *sizes)
     for node in linears(model):
         weight = model.weight_of(node)
         group = activation_group(weight.group, weight.shape[1]) if weight.format != "dense" else LANES
