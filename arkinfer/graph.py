@@ -29,15 +29,22 @@ _SPARSE, _GEAR = 14, 22  # places of `sparse` and `dense_len` among the argument
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight input of the graph: the checkpoint tensors it is made of, stacked along their first axis."""
+    """A weight input of the graph: the checkpoint's weights it is made of, stacked along their first axis.
+
+    ``part`` is "weight", "scales", "zeros" or "order". ``dtype`` is that of a dense matrix or of scales as stored
+    (None: as the checkpoint has it). ``zeros``: the packed form has zero points.
+    ``order``: digest of the order of its columns, or empty.
+    """
 
     name: str
     sources: tuple[str, ...]
     shape: tuple[int, ...]
     format: str = "dense"
     group: int = 0
-    part: str = "weight"  # or "scales"
-    dtype: torch.dtype | None = None  # of a dense matrix as stored; None: as the checkpoint has it
+    part: str = "weight"
+    dtype: torch.dtype | None = None
+    zeros: bool = False
+    order: str = ""
 
     @staticmethod
     def concatenate(parts: Sequence[Weight]) -> Weight:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import arkinfer
 from arkinfer import backends, exporters, passes, targets
 from arkinfer import graph as graphs
 from arkinfer import parity as verification
 from arkinfer.artifact import Artifact, Writer
-from arkinfer.checkpoint import Checkpoint
+from arkinfer.checkpoint import Checkpoint, open_checkpoint
+from arkinfer.checkpoint.stored import Layout
 from arkinfer.config import ModelConfig
 from arkinfer.errors import UnsupportedError, UserError, nearest
 from arkinfer.exporters.base import BuildOptions
@@ -25,7 +23,7 @@ from arkinfer.graph import ModelGraph
 from arkinfer.passes import formats
 from arkinfer.reference import Reference, WeightSource
 from arkinfer.runtime.tokenizer import Tokenizer
-from arkinfer.weights import CheckpointWeights, dtypes
+from arkinfer.weights import CheckpointWeights
 
 Progress = Callable[[str, int, int], None]
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -52,21 +50,37 @@ def lower(
     config: ModelConfig,
     context: int,
     recipe: formats.Recipe | Callable[[ModelGraph], formats.Recipe],
-    kinds: Mapping[str, Any],
+    layouts: Mapping[str, Layout],
     kv: str,
 ) -> Lowered:
-    """Capture the graph of ``config`` and run the passes; ``kinds`` are the dtypes of the checkpoint's tensors."""
+    """Capture the graph of ``config`` and run the passes; ``layouts`` are the weights that there are.
+
+    Raises UserError where these are not the weights that ``config`` implies.
+    """
     graph = graphs.capture(config, context, kv)
-    missing = sorted({source for weight in graph.weights.values() for source in weight.sources} - set(kinds))
+    _require(layouts, graph)
+    chosen = recipe if isinstance(recipe, formats.Recipe) else recipe(graph)
+    return Lowered(passes.run(graph, chosen), chosen)
+
+
+def _require(layouts: Mapping[str, Layout], graph: ModelGraph) -> None:
+    missing = sorted({source for weight in graph.weights.values() for source in weight.sources} - set(layouts))
     if missing:
         raise UserError(
             f"the checkpoint lacks {len(missing)} of the tensors that its config implies",
-            facts={"first": missing[0], "nearest": nearest(missing[0], list(kinds))},
+            facts={"first": missing[0], "nearest": nearest(missing[0], list(layouts))},
             hint="complete the download, or use the config.json that belongs to these weights",
             code="ARK-E124",
         )
-    chosen = recipe if isinstance(recipe, formats.Recipe) else recipe(graph)
-    return Lowered(passes.run(graph, chosen, kinds), chosen)
+    for weight in graph.weights.values():
+        found = layouts[weight.sources[0]].shape
+        if found != weight.shape:
+            raise UserError(
+                "a weight does not have the shape that config.json implies",
+                facts={"tensor": weight.sources[0], "expected": list(weight.shape), "found": list(found)},
+                hint="use the config.json that belongs to these weights",
+                code="ARK-E125",
+            )
 
 
 def build(
@@ -98,20 +112,19 @@ def build(
     exporter = exporters.get(description.backend)
     if verify not in ("none", *verification.SUITES):
         raise UserError(f"verify is fast, full or none, not {verify!r}", hint=nearest(verify, ["fast", "full", "none"]))
-    checkpoint = Checkpoint.open(model)
+    checkpoint = open_checkpoint(model)
     options = _options(checkpoint.config, description, kv, attention, context)
-    destination = Path(out) if out is not None else Path(f"{checkpoint.path.resolve().name}-{description.name}.ark")
+    destination = Path(out) if out is not None else Path(f"{checkpoint.name}-{description.name}.ark")
     with Writer(destination, force) as writer, closing(exporter):
         exporter.prepare(description)
         report("graph", 0, 1)
-        kinds = dtypes(checkpoint)
         default = description.defaults.weights
         fallback = _FLOAT_WEIGHTS if default in (None, "auto") else default
 
         def recipe(graph: ModelGraph) -> formats.Recipe:
-            return formats.choose(weights, fallback, graph, _Tensors(checkpoint), activations)
+            return formats.choose(weights, fallback, graph, checkpoint, activations)
 
-        lowered = lower(checkpoint.config, options.context, recipe, kinds, options.kv)
+        lowered = lower(checkpoint.config, options.context, recipe, checkpoint.layouts(), options.kv)
         report("graph", 1, 1)
         refused = exporter.support(lowered.graph, description, options)
         if refused:
@@ -133,8 +146,7 @@ def build(
                 "family": checkpoint.config.family,
                 "config": checkpoint.raw_config,
                 "parameters": checkpoint.parameters,
-                "dtypes": _dtype_names(lowered.graph, kinds),
-                "ternary_groups": dict(lowered.recipe.groups),
+                "recipe": lowered.recipe.to_dict(),
             },
             "weights": lowered.recipe.weights,
             "activations": lowered.recipe.activations,
@@ -145,7 +157,7 @@ def build(
             "toolchain": dict(payload.toolchain),
             "limits": dict(payload.limits),
             "parity": None,
-            "provenance": {"model": checkpoint.path.resolve().name, "notes": list(checkpoint.config.notes)},
+            "provenance": {"model": checkpoint.name, "notes": list(checkpoint.config.notes)},
         }
         if verify != "none":
             staged = writer.preview(fields)
@@ -159,9 +171,8 @@ def verify_artifact(artifact: Artifact, suite: str = "fast", progress: Progress 
     """Verify a sealed artifact against the torch reference, with the weights that the artifact itself holds."""
     manifest = artifact.manifest
     config = ModelConfig.from_json(manifest.model["config"])
-    kinds = {name: getattr(torch, kind) for name, kind in manifest.model["dtypes"].items()}
-    recipe = formats.Recipe(manifest.weights, manifest.activations, manifest.model["ternary_groups"])
-    lowered = lower(config, manifest.context, recipe, kinds, manifest.kv)
+    recipe = formats.Recipe.from_dict(manifest.weights, manifest.activations, manifest.model["recipe"])
+    lowered = lower(config, manifest.context, recipe, recipe.layouts, manifest.kv)
     exporter = exporters.get(manifest.backend)
     options = BuildOptions(manifest.kv, manifest.attention, manifest.context)
     source = exporter.weights(lowered.graph, artifact.file)
@@ -208,41 +219,20 @@ def _options(
     return BuildOptions(kv, attention, wanted)
 
 
-class _Tensors(Mapping[str, Any]):
-    """The checkpoint's tensors as a mapping, read when looked up."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-
-    def __getitem__(self, name: str) -> Any:
-        return self._checkpoint.tensor(name)
-
-    def __iter__(self) -> Any:
-        return self._checkpoint.names()
-
-    def __len__(self) -> int:
-        return len(self._checkpoint.entries)
-
-
-def _dtype_names(graph: ModelGraph, kinds: Mapping[str, Any]) -> dict[str, str]:
-    sources = sorted({source for weight in graph.weights.values() for source in weight.sources})
-    return {source: str(kinds[source]).removeprefix("torch.") for source in sources}
-
-
 def _copy_assets(checkpoint: Checkpoint, writer: Writer) -> None:
     """Copy the tokenizer and the chat template, and write what generation needs to know as generation.json."""
-    tokenizer = checkpoint.path / "tokenizer.json"
-    if not tokenizer.is_file():
+    tokenizer = checkpoint.asset("tokenizer.json")
+    if tokenizer is None:
         raise UserError(
             f"{checkpoint.path} has no tokenizer.json",
             hint="save the tokenizer with a fast tokenizer class: tokenizer.save_pretrained(folder)",
             code="ARK-E127",
         )
-    shutil.copyfile(tokenizer, writer.path("tokenizer.json"))
-    settings = checkpoint.optional_json("tokenizer_config.json")
-    defaults = checkpoint.optional_json("generation_config.json")
-    template = checkpoint.path / "chat_template.jinja"
-    text = template.read_text(encoding="utf-8") if template.is_file() else settings.get("chat_template")
+    writer.path("tokenizer.json").write_bytes(tokenizer)
+    settings = checkpoint.json_asset("tokenizer_config.json")
+    defaults = checkpoint.json_asset("generation_config.json")
+    template = checkpoint.asset("chat_template.jinja")
+    text = template.decode("utf-8") if template is not None else settings.get("chat_template")
     if isinstance(text, list):  # several named templates: the one for chatting is "default"
         text = next((item.get("template") for item in text if item.get("name") == "default"), None)
     if isinstance(text, str) and text:
@@ -254,7 +244,7 @@ def _copy_assets(checkpoint: Checkpoint, writer: Writer) -> None:
         "bos_id": config.bos_id,
         "eos_ids": sorted({*config.eos_ids, *(eos if isinstance(eos, list) else [eos])} - {None}),
         "pad_id": config.pad_id,
-        "add_bos": _adds_bos(tokenizer, settings, config.bos_id),
+        "add_bos": _adds_bos(writer.path("tokenizer.json"), settings, config.bos_id),
         "tokens": {name: token for name in SPECIAL if (token := _spelling(settings.get(name))) is not None},
         "temperature": float(defaults.get("temperature", 1.0)) if sampled else 0.0,
         "top_p": float(defaults.get("top_p", 1.0)),
@@ -279,16 +269,18 @@ def _adds_bos(tokenizer: Path, settings: Mapping[str, Any], bos_id: int | None) 
 
 def describe(model: str | Path) -> dict[str, Any]:
     """Return what a checkpoint is, from its config and headers alone: no tensor is read."""
-    checkpoint = Checkpoint.open(model)
+    checkpoint = open_checkpoint(model)
     stored: dict[str, int] = {}
-    for entry in checkpoint.entries.values():
-        stored[entry.dtype] = stored.get(entry.dtype, 0) + entry.nbytes
+    for weight in checkpoint.weights.values():
+        layout = weight.layout
+        kind = layout.scheme or (layout.format if layout.quantised else layout.dtype)
+        stored[kind] = stored.get(kind, 0) + weight.nbytes
     config = asdict(checkpoint.config)
     config["rope"] = {key: value for key, value in config["rope"].items() if not isinstance(value, (list, tuple))}
     return {
-        "model": checkpoint.path.resolve().name,
+        "model": checkpoint.name,
         "parameters": checkpoint.parameters,
-        "tensors": len(checkpoint.entries),
+        "tensors": len(checkpoint.weights),
         "bytes_by_dtype": stored,
         "config": config,
     }

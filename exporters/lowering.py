@@ -53,6 +53,7 @@ class Lowering:
             aten.rms_norm.default: self._norm,
             aten.mul.Tensor: self._scale,
             aten.index_select.default: self._take,
+            aten.cat.default: self._concatenate,
             # These are absorbed by the rule of the attention that reads them.
             ark.rope.default: self._skip,
             aten.slice.Tensor: self._skip,
@@ -178,7 +179,7 @@ class Lowering:
     def _embedding(self, node: Node) -> None:
         packed = node.target is ark.embedding.default
         table = node.args[1] if packed else node.args[0]
-        scale = float(node.args[5]) if packed else 1.0
+        scale = float(node.args[6]) if packed else 1.0
         parameters, options = self._matrix(table)
         out = self._value(node.name, "float32", "n", self.config.hidden_size)
         self._call("embedding", {**options, "scale": scale}, ["tokens", *parameters], out)
@@ -284,6 +285,13 @@ class Lowering:
         self._call("scale", {"factor": float(factor)}, [self.names[source]], out)
         self.names[node] = out.name
 
+    def _concatenate(self, node: Node) -> None:
+        pieces = node.args[0]
+        out = self._value(node.name, "float32", self._rows(node), node.meta["val"].shape[1])
+        widths = [piece.meta["val"].shape[1] for piece in pieces]
+        self._call("concatenate", {"widths": widths}, [self.names[piece] for piece in pieces], out)
+        self.names[node] = out.name
+
     def _take(self, node: Node) -> None:
         source = node.args[0]
         out = self._value(node.name, "float32", "r", node.meta["val"].shape[1])
@@ -295,7 +303,7 @@ class Lowering:
         q, k, v = node.args[:3]
         qkv = _source(v)
         if qkv is not _source(q) or qkv is not _source(k):
-            raise InternalError("attention does not read one merged projection", facts={"node": node.name})
+            raise InternalError("attention does not read one projection", facts={"node": node.name})
         heads, kv_heads, dim, kv = config.heads, config.kv_heads, config.head_dim, _KV[self.options.kv]
         shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": dim, "kv": kv}
         norms = [part.args[0] for part in (q, k) if part.args[0].target is aten.rms_norm.default]
@@ -350,7 +358,7 @@ class Lowering:
 
 
 def _source(node: Node) -> Node:
-    """Return the merged linear that a query, key or value was cut from."""
-    while node.target is not ark.linear.default:
+    """Return the merged linear, or the concatenation of several, that a query, key or value was cut from."""
+    while node.target not in (ark.linear.default, aten.cat.default):
         node = node.args[0]
     return node

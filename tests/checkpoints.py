@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
 
 from arkinfer import models
+from arkinfer.checkpoint.stored import Layout, Parts, StoredWeight
 from arkinfer.config import ModelConfig
 
 SPARSE = {"kernel_size": 8, "kernel_stride": 4, "block_size": 16, "window_size": 32, "topk": 3, "dense_len": 96}
@@ -88,3 +89,19 @@ def write_checkpoint(folder: Path, raw: dict[str, Any], seed: int = 0, ternary: 
     save_file(state, folder / "model.safetensors")
     write_tokenizer(folder, config.vocab_size)
     return folder
+
+
+class InMemory(StoredWeight):
+    """A float tensor that stands for a weight of a checkpoint."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+        self._bits = tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+        self.layout = Layout("dense", tuple(tensor.shape), names[tensor.dtype])
+
+    @property
+    def nbytes(self) -> int:
+        return self._bits.nbytes
+
+    def rows(self, start: int, stop: int) -> Parts:
+        return Parts(self._bits[start:stop])

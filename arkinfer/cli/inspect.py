@@ -42,9 +42,9 @@ def command(subject: str | None, named: str | None, graph: bool, as_json: bool) 
 
     if graph:
         from arkinfer import graph as graphs
-        from arkinfer.checkpoint import Checkpoint
+        from arkinfer.checkpoint import open_checkpoint
 
-        config = Checkpoint.open(place).config
+        config = open_checkpoint(place).config
         click.echo(graphs.capture(config, config.max_context).dump())
         return
     facts = pipeline.describe(place)

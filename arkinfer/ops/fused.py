@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from arkinfer.quant.packed import Packed, dequantise
+from arkinfer.quant.packed import PER_BYTE, Packed, dequantise
 
 
 @torch.library.custom_op("arkinfer::add_rms_norm", mutates_args=())
@@ -40,18 +40,30 @@ def _(gate_up: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op("arkinfer::embedding", mutates_args=())
 def embedding(
-    tokens: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, format: str, group: int, scale: float
+    tokens: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor | None,
+    zeros: torch.Tensor | None,
+    format: str,
+    group: int,
+    scale: float,
 ) -> torch.Tensor:
     """Return ``scale`` times the rows ``tokens`` (n,) of a packed table, float32 (n, hidden); see ops.linear."""
     rows = weight[tokens]
-    width = rows.shape[1] * {"int4": 2, "ternary": 4}.get(format, 1)
-    picked = None if scales is None else scales[tokens]
-    return dequantise(Packed(format, group, (rows.shape[0], width), rows, picked)) * scale
+    width = rows.shape[1] * PER_BYTE.get(format, 1)
+    picked = [None if part is None else part[tokens] for part in (scales, zeros)]
+    return dequantise(Packed(format, group, (rows.shape[0], width), rows, *picked)) * scale
 
 
 @embedding.register_fake
 def _(
-    tokens: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, format: str, group: int, scale: float
+    tokens: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor | None,
+    zeros: torch.Tensor | None,
+    format: str,
+    group: int,
+    scale: float,
 ) -> torch.Tensor:
-    width = weight.shape[1] * {"int4": 2, "ternary": 4}.get(format, 1)
+    width = weight.shape[1] * PER_BYTE.get(format, 1)
     return weight.new_empty(tokens.shape[0], width, dtype=torch.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from arkinfer.ops import differentiates
-from arkinfer.quant.packed import FORMATS, Packed, dequantise, group_extent, integers
+from arkinfer.quant.packed import FORMATS, PER_BYTE, Packed, dequantise, group_extent, integers
 
 ACTIVATIONS = ("float", "int8")
 
@@ -131,9 +131,10 @@ def linear(
 
     Formats, with G = K / group groups (group 0: one group a row) and scales (N, G) in any float dtype:
       dense    weight (N, K) floats
-      int8     weight (N, K) int8; W = q * scale
-      int4     weight (N, K / 2) uint8, low nibble = even k; zeros (N, G) uint8 or None (8); W = (q - zero) * scale
-      ternary  weight (N, ceil(K / 4)) uint8, two bits a code, low first; W = (code - 1) * scale
+      int8     weight (N, K) int8; W = (q + 128 - zero) * scale, zeros (N, G) uint8 or None (128)
+      int4     weight (N, K / 2) uint8, low nibble = even k; W = (q - zero) * scale, zeros (N, G) uint8 or None (8)
+      int2     weight (N, ceil(K / 4)) uint8, two bits a code, low first; the same, zeros or None (2)
+      ternary  as int2, codes 0..2; W = (code - 1) * scale
     order (K,) int32: packed column j multiplies x[order[j]] (GPTQ act-order). ``activations`` "int8" rounds x to int8
     per token and activation_group before an exact integer product; dense weights ignore it.
     """
@@ -147,7 +148,7 @@ def weight_bytes(
     """Return the packed bytes of one (rows, width) weight; ``itemsize`` is that of dense elements and of scales."""
     if format == "dense":
         return rows * width * itemsize
-    stored = {"int8": width, "int4": (width + 1) // 2, "ternary": (width + 3) // 4}[format]
+    stored = -(-width // PER_BYTE[format])
     return rows * (stored + width // group_extent(group, width) * (itemsize + int(zeros)))
 
 

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
-import torch
-
-from arkinfer.graph import ModelGraph
+from arkinfer.graph import ModelGraph, Weight
 from arkinfer.passes import formats, fuse
 
-FUSE: tuple[Callable[[ModelGraph], ModelGraph], ...] = (
-    fuse.simplify,
-    fuse.shared_input_linears,
-    fuse.swiglu,
-    fuse.add_rms_norm,
-)
+Pass: TypeAlias = tuple[str, Callable[[ModelGraph], ModelGraph]]
+
+
+def fusions(joinable: Callable[[Sequence[Weight]], bool]) -> list[Pass]:
+    """Return the passes that merge operators; ``joinable`` tells which weights can be stored as one."""
+    return [
+        ("simplify", fuse.simplify),
+        ("shared_input_linears", lambda graph: fuse.shared_input_linears(graph, joinable)),
+        ("swiglu", fuse.swiglu),
+        ("add_rms_norm", fuse.add_rms_norm),
+    ]
 
 
 def run(
-    model: ModelGraph,
-    recipe: formats.Recipe,
-    dtypes: Mapping[str, torch.dtype],
-    observe: Callable[[str, ModelGraph], None] | None = None,
+    model: ModelGraph, recipe: formats.Recipe, observe: Callable[[str, ModelGraph], None] | None = None
 ) -> ModelGraph:
     """Run every pass over ``model`` in place and return it; ``observe(pass name, graph)`` is called after each."""
-    passes: list[tuple[str, Callable[[ModelGraph], ModelGraph]]] = [(step.__name__, step) for step in FUSE]
-    passes.append(("assign formats", lambda graph: formats.assign(graph, recipe, dtypes)))
-    passes.append(("embedding scale", formats.embedding_scale))
-    for name, step in passes:
+    assignments: list[Pass] = [
+        ("assign formats", lambda graph: formats.assign(graph, recipe)),
+        ("embedding scale", formats.embedding_scale),
+    ]
+    for name, step in [*fusions(recipe.joinable), *assignments]:
         model = step(model)
         model.graph.lint()
         if observe is not None:

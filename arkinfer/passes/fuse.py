@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,10 +31,11 @@ def simplify(model: ModelGraph) -> ModelGraph:
     return model
 
 
-def shared_input_linears(model: ModelGraph) -> ModelGraph:
+def shared_input_linears(model: ModelGraph, joinable: Callable[[Sequence[Weight]], bool]) -> ModelGraph:
     """Merge linears that read the same tensor (q, k, v; gate, up) into one, and slice its output.
 
-    One wider matrix streams from memory in one run and quantises its input once.
+    One wider matrix streams from memory in one run and quantises its input once. Where ``joinable`` says that the
+    weights cannot be stored as one, the linears stay and their outputs are concatenated: readers see the same value.
     """
     graph = model.graph
     siblings: dict[Node, list[Node]] = {}
@@ -46,12 +48,17 @@ def shared_input_linears(model: ModelGraph) -> ModelGraph:
         biases = [linear.args[5] if len(linear.args) > 5 else linear.kwargs.get("bias") for linear in linears]
         if any(bias is None for bias in biases) != all(bias is None for bias in biases):
             continue
-        merged = model.add_weight(Weight.concatenate(parts))
-        bias = None
-        if biases[0] is not None:
-            bias = model.add_weight(Weight.concatenate([model.weights[item.name] for item in biases]))
         with graph.inserting_before(linears[0]):
-            fused = model.call(ark.linear.default, (shared, merged), {"bias": bias} if bias is not None else {})
+            if joinable(parts):
+                merged, keywords = model.add_weight(Weight.concatenate(parts)), {}
+                if biases[0] is not None:
+                    keywords["bias"] = model.add_weight(
+                        Weight.concatenate([model.weights[item.name] for item in biases])
+                    )
+                fused = model.call(ark.linear.default, (shared, merged), keywords)
+            else:
+                again = [model.call(ark.linear.default, linear.args, linear.kwargs) for linear in linears]
+                fused = model.call(aten.cat.default, (again, 1))
         start = 0
         for linear, part in zip(linears, parts, strict=True):
             with graph.inserting_before(linear):

@@ -6,11 +6,20 @@ width, ``G`` the number of groups along K (one when ``group`` is 0).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
-FORMATS = ("dense", "int8", "int4", "ternary")
+from arkinfer.checkpoint.stored import Layout, Parts, StoredWeight
+
+FORMATS = ("dense", "int8", "int4", "int2", "ternary")
+PER_BYTE = {"int8": 1, "int4": 2, "int2": 4, "ternary": 4}  # codes in a byte
+ZERO = {"int8": 128, "int4": 8, "int2": 2, "ternary": 1}  # the code of 0 where a weight has no zero points
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip  # safetensors' names
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,67 @@ class Packed:
     def nbytes(self) -> int:
         parts = (self.weight, self.scales, self.zeros, self.order)
         return sum(part.nbytes for part in parts if part is not None)
+
+
+def from_parts(layout: Layout, parts: Parts, order: np.ndarray | None = None) -> Packed:
+    """Return rows that a checkpoint stores as tensors, without a copy; vectors are (N,) and matrices (N, K)."""
+
+    def tensor(array: np.ndarray, dtype: str) -> torch.Tensor:
+        return torch.from_numpy(array).view(DTYPES[dtype])
+
+    rows, width = parts.weight.shape[0], layout.shape[-1]
+    if layout.format == "dense":
+        return Packed("dense", 0, (rows, width), tensor(parts.weight, layout.dtype))
+    assert parts.scales is not None
+    return Packed(
+        layout.format,
+        layout.group,
+        (rows, width),
+        torch.from_numpy(parts.weight),
+        tensor(parts.scales, layout.dtype),
+        None if parts.zeros is None else torch.from_numpy(parts.zeros),
+        None if order is None else torch.from_numpy(order),
+    )
+
+
+def read(stored: StoredWeight, start: int, stop: int) -> Packed:
+    """Return rows ``start`` to ``stop`` of a weight of a checkpoint."""
+    return from_parts(stored.layout, stored.rows(start, stop), stored.order())
+
+
+def dense(stored: StoredWeight) -> torch.Tensor:
+    """Return a whole weight of a checkpoint multiplied out, in its own shape: floats as stored, else float32."""
+    packed = read(stored, 0, stored.layout.shape[0])
+    return packed.weight if packed.format == "dense" else dequantise(packed)
+
+
+def concatenate(parts: list[Packed]) -> Packed:
+    """Stack weights of one format along their rows; all share the first one's column order."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+
+    def joined(name: str) -> torch.Tensor | None:
+        values = [getattr(part, name) for part in parts]
+        return None if values[0] is None else torch.cat(values)
+
+    rows = sum(part.shape[0] for part in parts)
+    weight = torch.cat([part.weight for part in parts])
+    return Packed(
+        first.format, first.group, (rows, first.shape[1]), weight, joined("scales"), joined("zeros"), first.order
+    )
+
+
+def with_group(packed: Packed, group: int) -> Packed:
+    """Return the same weight with its scales and zeros repeated for a smaller ``group`` that divides its own."""
+    old, new = group_extent(packed.group, packed.shape[1]), group_extent(group, packed.shape[1])
+    if old == new:
+        return packed
+
+    def repeated(values: torch.Tensor | None) -> torch.Tensor | None:
+        return None if values is None else values.repeat_interleave(old // new, dim=1)
+
+    return replace(packed, group=group, scales=repeated(packed.scales), zeros=repeated(packed.zeros))
 
 
 def group_extent(group: int, width: int) -> int:
@@ -60,13 +130,14 @@ def unpack_crumbs(packed: torch.Tensor, width: int) -> torch.Tensor:
 def integers(packed: Packed) -> torch.Tensor:
     """Return the signed integers (N, K) float32 that the scales multiply, in packed column order."""
     if packed.format == "int8":
-        return packed.weight.float()
-    if packed.format == "ternary":
-        return unpack_crumbs(packed.weight, packed.shape[1]).float() - 1
-    codes = unpack_nibbles(packed.weight).float()
+        codes = packed.weight.float() + ZERO["int8"]
+    elif packed.format == "int4":
+        codes = unpack_nibbles(packed.weight).float()
+    else:
+        codes = unpack_crumbs(packed.weight, packed.shape[1]).float()
     if packed.zeros is None:
-        return codes - 8
-    return codes - packed.zeros.float().repeat_interleave(group_extent(packed.group, packed.shape[1]), dim=1)
+        return codes.sub_(ZERO[packed.format])
+    return codes.sub_(packed.zeros.float().repeat_interleave(group_extent(packed.group, packed.shape[1]), dim=1))
 
 
 def dequantise(packed: Packed) -> torch.Tensor:

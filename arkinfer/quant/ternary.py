@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import torch
 
-from arkinfer.quant.packed import Packed, group_extent, pack_crumbs
+from arkinfer.checkpoint.stored import StoredWeight
+from arkinfer.quant.packed import Packed, group_extent, pack_crumbs, read
 
 SMALLEST_GROUP = 16
-_PROBE_ROWS = 64
+_PROBES, _PROBE_ROWS = 8, 8  # places in a matrix that are looked at, rows at each
 
 
 def _scales(weight: torch.Tensor, extent: int) -> torch.Tensor | None:
@@ -23,18 +24,18 @@ def _scales(weight: torch.Tensor, extent: int) -> torch.Tensor | None:
     return scale.squeeze(2)
 
 
-def detect(weight: torch.Tensor) -> int | None:
-    """Return the largest group (0: the whole row) for which ``weight`` (N, K) is exactly ternary, or None if it is not.
+def detect(stored: StoredWeight) -> int | None:
+    """Return the largest group (0: the whole row) for which the weight is exactly ternary, or None if it is not.
 
+    Rows at several places are read, not the whole matrix: ``pack`` sees every row, and refuses what is not ternary.
     A constant zero tensor is not called ternary: it says nothing about how the model was trained.
     """
-    width = weight.shape[1]
-    probe = weight[:_PROBE_ROWS]
-    extents = [size for size in range(width, SMALLEST_GROUP - 1, -1) if width % size == 0]
-    for extent in extents:
-        if _scales(probe, extent) is None:
-            continue
-        scales = _scales(weight, extent)
+    rows, width = stored.layout.shape
+    last = max(0, rows - _PROBE_ROWS)
+    starts = sorted({last * probe // (_PROBES - 1) for probe in range(_PROBES)})
+    probe = torch.cat([read(stored, start, min(start + _PROBE_ROWS, rows)).weight for start in starts])
+    for extent in (size for size in range(width, SMALLEST_GROUP - 1, -1) if width % size == 0):
+        scales = _scales(probe, extent)
         if scales is not None:
             return None if not bool(scales.any()) else (0 if extent == width else extent)
     return None

@@ -13,19 +13,20 @@ import time
 
 import torch
 
-from arkinfer.checkpoint import Checkpoint
+from arkinfer.checkpoint import open_checkpoint
 from arkinfer.models import create
 from arkinfer.models.decoder import CausalLM
 from arkinfer.ops.attention import LayerCache, new_caches
+from arkinfer.quant.packed import dense
 from examples.needle import make
 
 
 def open_model(attention: str) -> CausalLM:
     """Return the bundled model in float32, its attention "dense" or "sparse" (from dense_len tokens on)."""
-    checkpoint = Checkpoint.open("needle")
+    checkpoint = open_checkpoint("needle")
     with torch.device("meta"):
         model = create(checkpoint.config)
-    model.load_state_dict({name: checkpoint.tensor(name).float() for name in checkpoint.names()}, assign=True)
+    model.load_state_dict({name: dense(stored).float() for name, stored in checkpoint.weights.items()}, assign=True)
     if attention == "dense":
         for layer in model.model.layers:
             layer.self_attn.sparse = None

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from arkinfer import graph, models, passes
+from arkinfer.checkpoint.stored import Layout
 from arkinfer.config import ModelConfig
 from arkinfer.graph import ModelGraph, Weight
 from arkinfer.ops.attention import new_caches
@@ -58,8 +59,9 @@ def run(captured: ModelGraph, module: torch.nn.Module, tokens: torch.Tensor, row
     return result
 
 
+@pytest.mark.parametrize("joined", [True, False])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_fused_graph_computes_what_the_module_computes(name: str) -> None:
+def test_fused_graph_computes_what_the_module_computes(name: str, joined: bool) -> None:
     config = ModelConfig.from_json(CONFIGS[name])
     torch.manual_seed(0)
     module = models.create(config)
@@ -69,16 +71,16 @@ def test_fused_graph_computes_what_the_module_computes(name: str) -> None:
         hidden = module(tokens, torch.arange(97), new_caches(config, 256))
         wanted = module.head(hidden[rows])
     captured = graph.capture(config, 256, "fp32")
-    for step in passes.FUSE:
+    for name, step in passes.fusions(lambda weights: joined):
         captured = step(captured)
         captured.graph.lint()
-        assert torch.allclose(run(captured, module, tokens, rows), wanted, atol=1e-5), step.__name__
+        assert torch.allclose(run(captured, module, tokens, rows), wanted, atol=1e-5), name
 
 
 def test_fusion_leaves_one_projection_per_input() -> None:
     captured = graph.capture(ModelConfig.from_json(CONFIGS["minicpm-sparse"]), 256)
     before = captured.operators()["arkinfer.linear"]
-    for step in passes.FUSE:
+    for _, step in passes.fusions(lambda weights: True):
         captured = step(captured)
     counts = captured.operators()
     layers = BASE["num_hidden_layers"]
@@ -107,8 +109,10 @@ def test_tied_weights_become_one_input() -> None:
     assert [weight.sources for weight in tables] == [("model.embed_tokens.weight",)]
 
 
-def kinds(captured: ModelGraph) -> Mapping[str, torch.dtype]:
-    return {source: torch.bfloat16 for weight in captured.weights.values() for source in weight.sources}
+def layouts(captured: ModelGraph) -> Mapping[str, Layout]:
+    """Return what a checkpoint of ``captured``'s model says of itself before anything was quantised."""
+    separate = [weight for weight in captured.weights.values() if len(weight.sources) == 1]
+    return {weight.sources[0]: Layout("dense", weight.shape, "BF16") for weight in separate}
 
 
 @pytest.mark.parametrize(
@@ -117,7 +121,7 @@ def kinds(captured: ModelGraph) -> Mapping[str, torch.dtype]:
 def test_formats_are_assigned_by_recipe(weights: str, body: str, head: str) -> None:
     captured = graph.capture(ModelConfig.from_json(CONFIGS["llama"]), 256)
     captured = passes.run(
-        captured, formats.Recipe(weights, "int8" if weights != "fp16" else "float", {}), kinds(captured)
+        captured, formats.Recipe(weights, "int8" if weights != "fp16" else "float", layouts(captured))
     )
     found = {captured.weight_of(node).sources[0]: captured.weight_of(node).format for node in formats.linears(captured)}
     assert found.pop("lm_head.weight") == head
@@ -133,5 +137,5 @@ def test_eight_billion_parameters_are_captured_without_memory() -> None:
         "vocab_size": 73448,
     }
     captured = graph.capture(ModelConfig.from_json({**big, "head_dim": 128, "num_attention_heads": 32}), 131072)
-    fused = fuse.shared_input_linears(captured)
+    fused = fuse.shared_input_linears(captured, lambda weights: True)
     assert any(weight.shape == (2 * 16384, 4096) for weight in fused.weights.values())

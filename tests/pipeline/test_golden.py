@@ -10,10 +10,10 @@ import pytest
 
 import arkinfer
 from arkinfer import pipeline
-from arkinfer.checkpoint import Checkpoint
+from arkinfer.checkpoint import open_checkpoint
 from arkinfer.passes import formats
 from arkinfer.reference import Reference
-from arkinfer.weights import CheckpointWeights, dtypes
+from arkinfer.weights import CheckpointWeights
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text(encoding="utf-8"))
 LENGTH = 120
@@ -21,8 +21,8 @@ LENGTH = 120
 
 def reference_tokens(model: str, recipe: formats.Recipe, prompt: list[int], count: int) -> list[int]:
     """Decode greedily with the torch reference."""
-    checkpoint = Checkpoint.open(model)
-    lowered = pipeline.lower(checkpoint.config, 2048, recipe, dtypes(checkpoint), "fp32")
+    checkpoint = open_checkpoint(model)
+    lowered = pipeline.lower(checkpoint.config, 2048, recipe, checkpoint.layouts(), "fp32")
     reference = Reference(lowered.graph, CheckpointWeights(checkpoint), "fp32")
     state = reference.new_state(len(prompt) + count)
     logits = reference.step(prompt, state)
@@ -49,5 +49,5 @@ def test_greedy_text_is_the_references_and_the_recorded_one(model: str, tmp_path
         for _ in range(LENGTH):
             tokens.append(int(np.argmax(logits[-1])))
             logits = session.step(tokens[-1:])
-    groups = artifact.manifest.model["ternary_groups"]
-    assert tokens == reference_tokens(model, formats.Recipe(weights, "float", groups), prompt, LENGTH)
+    recipe = formats.Recipe.from_dict(weights, "float", artifact.manifest.model["recipe"])
+    assert tokens == reference_tokens(model, recipe, prompt, LENGTH)

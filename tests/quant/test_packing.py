@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from arkinfer.quant import integer, ternary
 from arkinfer.quant.packed import Packed, dequantise, pack_crumbs, pack_nibbles, unpack_crumbs, unpack_nibbles
+from tests.checkpoints import InMemory
 
 
 @given(st.integers(1, 9), st.integers(1, 70), st.integers(0, 2**31))
@@ -33,7 +34,7 @@ def fake_quantised(rows: int, width: int, extent: int, seed: int, dtype: torch.d
 @pytest.mark.parametrize("extent", [16, 32, 64, 128, 256])
 def test_ternary_weights_are_recognised_and_restored_exactly(extent: int, dtype: torch.dtype) -> None:
     weight = fake_quantised(33, 256, extent, extent, dtype)
-    group = ternary.detect(weight)
+    group = ternary.detect(InMemory(weight))
     assert group == (0 if extent == 256 else extent)
     packed = ternary.pack(weight, group)
     assert torch.equal(dequantise(packed).to(dtype), weight)
@@ -43,11 +44,13 @@ def test_ternary_weights_are_recognised_and_restored_exactly(extent: int, dtype:
 
 
 def test_ordinary_and_empty_weights_are_not_ternary() -> None:
-    assert ternary.detect(torch.randn(8, 64).bfloat16()) is None
-    assert ternary.detect(torch.zeros(8, 64)) is None
-    spoiled = fake_quantised(100, 64, 64, 1)
-    spoiled[99, 3] = 0.123  # beyond the rows that are probed first
-    assert ternary.detect(spoiled) is None
+    assert ternary.detect(InMemory(torch.randn(8, 64).bfloat16())) is None
+    assert ternary.detect(InMemory(torch.zeros(8, 64))) is None
+    spoiled = fake_quantised(1000, 64, 64, 1)
+    spoiled[999, 3] = 0.123
+    assert ternary.detect(InMemory(spoiled)) is None
+    with pytest.raises(ValueError, match="not ternary"):
+        ternary.pack(spoiled, 0)
 
 
 @pytest.mark.parametrize("group", [0, 16, 64])

@@ -14,6 +14,7 @@ KERNELS: Mapping[str, str] = {
     "attention": "attention:attention",
     "attention_dense": "attention:attention_dense",
     "compress": "compress:compress",
+    "concatenate": "elementwise:concatenate",
     "embedding": "embedding:embedding",
     "linear_float": "linear_float:linear_float",
     "linear_int8": "linear_int8:linear_int8",

@@ -1,8 +1,8 @@
-"""Kernels without reductions: swiglu, scaling by a constant, picking rows, changing shape."""
+"""Kernels without reductions: swiglu, scaling by a constant, joining, picking rows, changing shape."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from arkinfer.exporters.kernels.tir.isa import Isa
@@ -48,6 +48,25 @@ def scale(isa: Isa, tokens: str, *, factor: float) -> Any:
             source.line(f"y[{row}, {index(k, lanes)}] = x[{row}, {index(k, lanes)}] * {fill(real(factor), lanes)}")
 
         sweep(source, "K", emit)
+    return source.build()
+
+
+def concatenate(isa: Isa, tokens: str, *, widths: Sequence[int]) -> Any:
+    """Return the PrimFunc ``(x0, x1, ..., y)``: y (n, sum of widths) holds each xi (n, widths[i]) in turn; float32."""
+    source = Source("concatenate")
+    n = 1 if tokens == "one" else "n"
+    for number, width in enumerate(widths):
+        source.buffer(f"x{number}", (n, width), "float32")
+    source.buffer("y", (n, sum(widths)), "float32")
+    with each_token(source, tokens) as row:
+        start = 0
+        for number, width in enumerate(widths):
+
+            def emit(k: str, lanes: int, number: int = number, start: int = start) -> None:
+                source.line(f"y[{row}, {index(f'{start} + {k}', lanes)}] = x{number}[{row}, {index(k, lanes)}]")
+
+            sweep(source, str(width), emit)
+            start += width
     return source.build()
 
 
