@@ -21,6 +21,7 @@ from arkinfer.errors import UnsupportedError, UserError, nearest
 from arkinfer.exporters.base import BuildOptions
 from arkinfer.graph import ModelGraph
 from arkinfer.passes import formats
+from arkinfer.recipe import Recipe, choose
 from arkinfer.reference import Reference, WeightSource
 from arkinfer.runtime.tokenizer import Tokenizer
 from arkinfer.weights import CheckpointWeights
@@ -39,7 +40,7 @@ class Lowered:
     """A captured graph after all passes, and the recipe that shaped it."""
 
     graph: ModelGraph
-    recipe: formats.Recipe
+    recipe: Recipe
 
 
 def _quiet(stage: str, done: int, total: int) -> None:
@@ -49,7 +50,7 @@ def _quiet(stage: str, done: int, total: int) -> None:
 def lower(
     config: ModelConfig,
     context: int,
-    recipe: formats.Recipe | Callable[[ModelGraph], formats.Recipe],
+    recipe: Recipe | Callable[[ModelGraph], Recipe],
     layouts: Mapping[str, Layout],
     kv: str,
 ) -> Lowered:
@@ -59,7 +60,7 @@ def lower(
     """
     graph = graphs.capture(config, context, kv)
     _require(layouts, graph)
-    chosen = recipe if isinstance(recipe, formats.Recipe) else recipe(graph)
+    chosen = recipe if isinstance(recipe, Recipe) else recipe(graph)
     return Lowered(passes.run(graph, chosen), chosen)
 
 
@@ -121,8 +122,9 @@ def build(
         default = description.defaults.weights
         fallback = _FLOAT_WEIGHTS if default in (None, "auto") else default
 
-        def recipe(graph: ModelGraph) -> formats.Recipe:
-            return formats.choose(weights, fallback, graph, checkpoint, activations)
+        def recipe(graph: ModelGraph) -> Recipe:
+            used = (source for weight in graph.weights.values() for source in weight.sources)
+            return choose(weights, fallback, formats.body(graph), used, checkpoint, activations)
 
         lowered = lower(checkpoint.config, options.context, recipe, checkpoint.layouts(), options.kv)
         report("graph", 1, 1)
@@ -171,7 +173,7 @@ def verify_artifact(artifact: Artifact, suite: str = "fast", progress: Progress 
     """Verify a sealed artifact against the torch reference, with the weights that the artifact itself holds."""
     manifest = artifact.manifest
     config = ModelConfig.from_json(manifest.model["config"])
-    recipe = formats.Recipe.from_dict(manifest.weights, manifest.activations, manifest.model["recipe"])
+    recipe = Recipe.from_dict(manifest.weights, manifest.activations, manifest.model["recipe"])
     lowered = lower(config, manifest.context, recipe, recipe.layouts, manifest.kv)
     exporter = exporters.get(manifest.backend)
     options = BuildOptions(manifest.kv, manifest.attention, manifest.context)

@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 from arkinfer.graph import ModelGraph, Weight
 from arkinfer.passes import formats, fuse
+from arkinfer.recipe import Recipe
 
 Pass: TypeAlias = tuple[str, Callable[[ModelGraph], ModelGraph]]
 
@@ -21,9 +22,7 @@ def fusions(joinable: Callable[[Sequence[Weight]], bool]) -> list[Pass]:
     ]
 
 
-def run(
-    model: ModelGraph, recipe: formats.Recipe, observe: Callable[[str, ModelGraph], None] | None = None
-) -> ModelGraph:
+def run(model: ModelGraph, recipe: Recipe, observe: Callable[[str, ModelGraph], None] | None = None) -> ModelGraph:
     """Run every pass over ``model`` in place and return it; ``observe(pass name, graph)`` is called after each."""
     assignments: list[Pass] = [
         ("assign formats", lambda graph: formats.assign(graph, recipe)),

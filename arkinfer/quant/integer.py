@@ -10,12 +10,6 @@ from arkinfer.quant.packed import Packed, group_extent, pack_nibbles
 _SHRINK = torch.linspace(1.0, 0.7, 16).tolist()
 
 
-def group_size(width: int, wanted: int) -> int:
-    """Return the largest group <= ``wanted`` that divides ``width`` and is a multiple of 16, or 0 (the row)."""
-    sizes = [size for size in range(16, wanted + 1, 16) if width % size == 0]
-    return max(sizes, default=0)
-
-
 def quantise(weight: torch.Tensor, bits: int, group: int) -> Packed:
     """Quantise ``weight`` (N, K) symmetrically to ``bits`` 8 or 4 with float16 scales per ``group`` inputs (0: row).
 

@@ -16,6 +16,7 @@ from arkinfer.graph import ModelGraph, Weight
 from arkinfer.ops.attention import new_caches
 from arkinfer.passes import formats, fuse
 from arkinfer.quant.packed import Packed
+from arkinfer.recipe import Recipe
 
 BASE: dict[str, Any] = {
     "hidden_size": 64,
@@ -120,9 +121,7 @@ def layouts(captured: ModelGraph) -> Mapping[str, Layout]:
 )
 def test_formats_are_assigned_by_recipe(weights: str, body: str, head: str) -> None:
     captured = graph.capture(ModelConfig.from_json(CONFIGS["llama"]), 256)
-    captured = passes.run(
-        captured, formats.Recipe(weights, "int8" if weights != "fp16" else "float", layouts(captured))
-    )
+    captured = passes.run(captured, Recipe(weights, "int8" if weights != "fp16" else "float", layouts(captured)))
     found = {captured.weight_of(node).sources[0]: captured.weight_of(node).format for node in formats.linears(captured)}
     assert found.pop("lm_head.weight") == head
     assert set(found.values()) == {body}

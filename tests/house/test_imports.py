@@ -36,7 +36,16 @@ OWNERS = {
     "exporters/kernels/tir/source.py": {"tvm"},
 }
 # Torch-free parts of `arkinfer/`: loaded by `import arkinfer`, every --help, and on devices.
-LIGHT = ("arkinfer/__init__.py", "arkinfer/__main__.py", "arkinfer/errors.py", "arkinfer/artifact/", "arkinfer/cli/")
+LIGHT = (
+    "arkinfer/__init__.py",
+    "arkinfer/__main__.py",
+    "arkinfer/artifact/",
+    "arkinfer/checkpoint/",
+    "arkinfer/cli/",
+    "arkinfer/config.py",
+    "arkinfer/errors.py",
+    "arkinfer/recipe.py",
+)
 
 
 def _folder(name: str) -> str:

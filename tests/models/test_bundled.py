@@ -12,10 +12,12 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 import arkinfer
+from arkinfer.checkpoint.ternary import detect
 from arkinfer.config import ModelConfig
 from arkinfer.models import create
-from arkinfer.quant.ternary import detect, pack
+from arkinfer.quant.ternary import pack
 from arkinfer.runtime.template import ChatTemplate
+from tests.checkpoints import InMemory
 
 FOLDER = Path(arkinfer.__file__).parent / "bundled"
 NAMES = ("tiny-minicpm", "tiny-bitcpm")
@@ -94,7 +96,7 @@ def test_only_bitcpm_is_ternary_in_groups_of_64(name: str) -> None:
         if not key.endswith("_proj.weight"):
             continue
         expected = 64 if name == "tiny-bitcpm" else None
-        assert detect(tensor) == expected, key
+        assert detect(InMemory(tensor)) == expected, key
         if expected:
             zeros = float((pack(tensor, 64).weight == 0b01010101).float().mean())
             assert zeros < 0.5, "mostly zeros: not trained"

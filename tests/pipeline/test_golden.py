@@ -11,7 +11,7 @@ import pytest
 import arkinfer
 from arkinfer import pipeline
 from arkinfer.checkpoint import open_checkpoint
-from arkinfer.passes import formats
+from arkinfer.recipe import Recipe
 from arkinfer.reference import Reference
 from arkinfer.weights import CheckpointWeights
 
@@ -19,7 +19,7 @@ GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text(encoding="
 LENGTH = 120
 
 
-def reference_tokens(model: str, recipe: formats.Recipe, prompt: list[int], count: int) -> list[int]:
+def reference_tokens(model: str, recipe: Recipe, prompt: list[int], count: int) -> list[int]:
     """Decode greedily with the torch reference."""
     checkpoint = open_checkpoint(model)
     lowered = pipeline.lower(checkpoint.config, 2048, recipe, checkpoint.layouts(), "fp32")
@@ -49,5 +49,5 @@ def test_greedy_text_is_the_references_and_the_recorded_one(model: str, tmp_path
         for _ in range(LENGTH):
             tokens.append(int(np.argmax(logits[-1])))
             logits = session.step(tokens[-1:])
-    recipe = formats.Recipe.from_dict(weights, "float", artifact.manifest.model["recipe"])
+    recipe = Recipe.from_dict(weights, "float", artifact.manifest.model["recipe"])
     assert tokens == reference_tokens(model, recipe, prompt, LENGTH)

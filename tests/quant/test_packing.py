@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from arkinfer.checkpoint.ternary import detect
 from arkinfer.quant import integer, ternary
 from arkinfer.quant.packed import Packed, dequantise, pack_crumbs, pack_nibbles, unpack_crumbs, unpack_nibbles
 from tests.checkpoints import InMemory
@@ -34,7 +35,7 @@ def fake_quantised(rows: int, width: int, extent: int, seed: int, dtype: torch.d
 @pytest.mark.parametrize("extent", [16, 32, 64, 128, 256])
 def test_ternary_weights_are_recognised_and_restored_exactly(extent: int, dtype: torch.dtype) -> None:
     weight = fake_quantised(33, 256, extent, extent, dtype)
-    group = ternary.detect(InMemory(weight))
+    group = detect(InMemory(weight))
     assert group == (0 if extent == 256 else extent)
     packed = ternary.pack(weight, group)
     assert torch.equal(dequantise(packed).to(dtype), weight)
@@ -44,11 +45,11 @@ def test_ternary_weights_are_recognised_and_restored_exactly(extent: int, dtype:
 
 
 def test_ordinary_and_empty_weights_are_not_ternary() -> None:
-    assert ternary.detect(InMemory(torch.randn(8, 64).bfloat16())) is None
-    assert ternary.detect(InMemory(torch.zeros(8, 64))) is None
+    assert detect(InMemory(torch.randn(8, 64).bfloat16())) is None
+    assert detect(InMemory(torch.zeros(8, 64))) is None
     spoiled = fake_quantised(1000, 64, 64, 1)
     spoiled[999, 3] = 0.123
-    assert ternary.detect(InMemory(spoiled)) is None
+    assert detect(InMemory(spoiled)) is None
     with pytest.raises(ValueError, match="not ternary"):
         ternary.pack(spoiled, 0)
 
