@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from arkinfer.artifact.tensors import TensorEntry, read_header
 from arkinfer.checkpoint import layouts
 from arkinfer.checkpoint.base import Checkpoint, parse_object
+from arkinfer.checkpoint.quantization import BESIDE, Quantization
 from arkinfer.config import ModelConfig
 from arkinfer.errors import UserError
 
@@ -21,8 +23,11 @@ class FolderCheckpoint(Checkpoint):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.raw_config = self._json("config.json")
-        self.config = ModelConfig.from_json(self.raw_config)
-        self.weights = layouts.recognise(self._entries(), self.raw_config, self.config)
+        config = ModelConfig.from_json(self.raw_config)
+        settings = Quantization.read(self.raw_config, self._beside())
+        notes: list[str] = []
+        self.weights = layouts.recognise(self._entries(), settings, config, notes)
+        self.config = replace(config, notes=(*config.notes, *notes))
 
     def asset(self, name: str) -> bytes | None:
         file = self.path / name
@@ -33,6 +38,9 @@ class FolderCheckpoint(Checkpoint):
         if not file.is_file():
             raise UserError(f"{self.path} has no {name}", hint="point at the folder that holds it", code="ARK-E122")
         return parse_object(file.read_bytes(), str(file))
+
+    def _beside(self) -> dict[str, Any] | None:
+        return next((self._json(name) for name in BESIDE if (self.path / name).is_file()), None)
 
     def _entries(self) -> dict[str, TensorEntry]:
         index = self.path / INDEX

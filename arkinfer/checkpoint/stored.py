@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -126,20 +126,25 @@ def read_tensor(entry: TensorEntry) -> np.ndarray:
 def read_bytes(file: Path, offset: int, count: int) -> np.ndarray:
     """Return ``count`` bytes of ``file`` from ``offset`` on as uint8. Raises UserError if it has fewer by now."""
     data = np.empty(count, np.uint8)
-    view = data.data
+    read_into(file, data[None], [offset])
+    return data
+
+
+def read_into(file: Path, rows: np.ndarray, offsets: Iterable[int]) -> None:
+    """Fill each of ``rows`` (n, count) uint8 from its offset in ``file`` on. Raises UserError if that ends earlier."""
     descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        done = 0
-        while done < count:
-            got = os.preadv(descriptor, [view[done : done + (1 << 30)]], offset + done)
-            if not got:
-                raise UserError(
-                    f"{file.name} became shorter while it was read",
-                    facts={"file": file},
-                    hint="complete the download, and build again",
-                    code="ARK-E121",
-                )
-            done += got
+        for row, offset in zip(rows, offsets, strict=True):
+            view, count, done = row.data, len(row), 0
+            while done < count:
+                got = os.preadv(descriptor, [view[done : done + (1 << 30)]], offset + done)
+                if not got:
+                    raise UserError(
+                        f"{file.name} became shorter while it was read",
+                        facts={"file": file},
+                        hint="complete the download, and build again",
+                        code="ARK-E121",
+                    )
+                done += got
     finally:
         os.close(descriptor)
-    return data
