@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import arkinfer
-from arkinfer import backends, exporters, passes, targets
+from arkinfer import backends, exporters, passes, structure, targets
 from arkinfer import graph as graphs
 from arkinfer import parity as verification
 from arkinfer.artifact import Artifact, Writer
@@ -59,29 +59,9 @@ def lower(
     Raises UserError where these are not the weights that ``config`` implies.
     """
     graph = graphs.capture(config, context, kv)
-    _require(layouts, graph)
+    structure.require(layouts, {weight.sources[0]: weight.shape for weight in graph.weights.values()})
     chosen = recipe if isinstance(recipe, Recipe) else recipe(graph)
     return Lowered(passes.run(graph, chosen), chosen)
-
-
-def _require(layouts: Mapping[str, Layout], graph: ModelGraph) -> None:
-    missing = sorted({source for weight in graph.weights.values() for source in weight.sources} - set(layouts))
-    if missing:
-        raise UserError(
-            f"the checkpoint lacks {len(missing)} of the tensors that its config implies",
-            facts={"first": missing[0], "nearest": nearest(missing[0], list(layouts))},
-            hint="complete the download, or use the config.json that belongs to these weights",
-            code="ARK-E124",
-        )
-    for weight in graph.weights.values():
-        found = layouts[weight.sources[0]].shape
-        if found != weight.shape:
-            raise UserError(
-                "a weight does not have the shape that config.json implies",
-                facts={"tensor": weight.sources[0], "expected": list(weight.shape), "found": list(found)},
-                hint="use the config.json that belongs to these weights",
-                code="ARK-E125",
-            )
 
 
 def build(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import json
+import math
 import os
 import sys
 import time
@@ -89,15 +90,46 @@ class CacheSpec:
     stride: int
     pack: int
 
+    def extents(self, capacity: int) -> tuple[int, ...]:
+        """Return the shape that holds ``capacity`` tokens, a multiple of BLOCK."""
+        extent = max(1, -(-(capacity // self.stride) // self.pack))
+        return tuple(extent if axis == -1 else axis for axis in self.shape)
+
+    def nbytes(self, capacity: int) -> int:
+        """Return the bytes that ``capacity`` tokens, a multiple of BLOCK, take."""
+        return math.prod(self.extents(capacity)) * np.dtype(self.dtype).itemsize
+
     def allocate(self, capacity: int) -> np.ndarray:
-        entries = capacity // self.stride
-        extent = max(1, -(-entries // self.pack))
-        return _aligned(tuple(extent if axis == -1 else axis for axis in self.shape), np.dtype(self.dtype))
+        return _aligned(self.extents(capacity), np.dtype(self.dtype))
 
     def used(self, length: int) -> tuple[slice, ...]:
         """Return the index of what ``length`` tokens have filled."""
         axis = self.shape.index(-1)
         return (slice(None),) * axis + (slice(0, -(-length // (self.stride * self.pack))),)
+
+
+def threshold(sparse: Mapping[str, int] | None, attention: str) -> int:
+    """Return the length from which rows attend sparsely, by the artifact's ``sparse`` and the gear asked for."""
+    if attention == "dense" or sparse is None:
+        return NEVER
+    length = int(sparse["dense_len"])
+    return 0 if attention == "sparse" or length < 0 else length
+
+
+def visible(sparse: Mapping[str, int] | None, gear: int, depth: int) -> int:
+    """Return how many keys the row at ``depth`` attends to, itself included; ``gear`` is ``threshold``'s result."""
+    if depth + 1 < gear or sparse is None:
+        return depth + 1
+    blocks = sparse["topk"] + sparse["window_size"] // sparse["block_size"]
+    return min(depth + 1, blocks * sparse["block_size"])
+
+
+def decode_bytes(entry: Mapping[str, float], sparse: Mapping[str, int] | None, gear: int, depth: int) -> int:
+    """Return the bytes that one decode step must read; ``entry`` and ``sparse`` are those of payload/plan.json."""
+    total = entry["weights"] + visible(sparse, gear, depth) * entry["kv_per_token"]
+    if depth + 1 < gear or sparse is None:
+        return int(total)
+    return int(total + (depth + 1) * entry["compressed_per_token"])
 
 
 class TvmState(State):
@@ -185,18 +217,15 @@ class TvmExecutor(Executor):
 
     def _threshold(self, attention: str) -> int:
         sparse = self.plan["sparse"]
-        if attention == "dense" or (attention == "auto" and sparse is None):
-            return NEVER
-        if sparse is None:
+        if attention == "sparse" and sparse is None:
             raise UserError(
                 "this model has no sparse attention: its config has no sparse_config",
                 hint="--attention dense, or add sparse_config to config.json and build again",
                 code="ARK-E213",
             )
-        if attention not in ("auto", "sparse"):
+        if attention not in ("auto", "dense", "sparse"):
             raise UserError(f"attention is auto, dense or sparse, not {attention!r}", code="ARK-E213")
-        length = int(sparse["dense_len"])
-        return 0 if attention == "sparse" or length < 0 else length
+        return threshold(sparse, attention)
 
     def new_state(self, capacity: int | None = None) -> TvmState:
         """Reserve caches for ``capacity`` tokens (default: the artifact's context), rounded up to whole blocks."""
@@ -292,14 +321,7 @@ class TvmExecutor(Executor):
 
     def decode_bytes(self, depth: int) -> int:
         """Return the bytes that one decode step must read at a context of ``depth`` tokens: weights and caches."""
-        entry = self.plan["bytes"]
-        visible = depth + 1
-        per_token, total = int(entry["kv_per_token"]), int(entry["weights"])
-        if visible < self._gear or self.plan["sparse"] is None:
-            return total + visible * per_token
-        sparse = self.plan["sparse"]
-        chosen = min(visible, (sparse["topk"] + sparse["window_size"] // sparse["block_size"]) * sparse["block_size"])
-        return int(total + chosen * per_token + visible * entry["compressed_per_token"])
+        return decode_bytes(self.plan["bytes"], self.plan["sparse"], self._gear, depth)
 
     def prefill_ops(self, tokens: int, depth: int) -> int:
         """Return the operations of the linear layers for ``tokens`` prompt tokens (attention excluded)."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from arkinfer.graph import ModelGraph
-from arkinfer.reference import WeightSource
 from arkinfer.targets import Target
+
+if TYPE_CHECKING:
+    from arkinfer.graph import ModelGraph
+    from arkinfer.reference import WeightSource
 
 Progress = Callable[[str, int, int], None]  # stage, units done, units in all
 
@@ -29,6 +31,22 @@ class Payload:
 
     toolchain: Mapping[str, str]
     limits: Mapping[str, Any]
+
+
+class StoredMatrix(Protocol):
+    """A matrix (N, K) in its storage format; ``group`` as in arkinfer.ops.linear."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def format(self) -> str: ...
+
+    @property
+    def group(self) -> int: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
 class Exporter(Protocol):

@@ -10,18 +10,18 @@ from typing import Any
 import torch
 
 from arkinfer.errors import InternalError
+from arkinfer.exporters import outline
 from arkinfer.exporters.base import BuildOptions
-from arkinfer.exporters.kernels.tir import layout
+from arkinfer.exporters.kernels.tir import layout, pack
 from arkinfer.exporters.program import Argument, Call, Program, Value
 from arkinfer.graph import ModelGraph, Node, Weight
-from arkinfer.quant.packed import group_extent
 
 aten = torch.ops.aten
 ark = torch.ops.arkinfer
 
-PANEL = 16
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-_KV = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
+_STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # as files name them
+_VALUES = {"F32": "float32", "F16": "float16", "BF16": "uint16", "U8": "uint8"}  # as kernels see them
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Lowering:
             Value("rows", "int32", ("r",)),
         ]
         program.scalars = ["position", "dense_len"]
-        program.caches = self._caches()
+        program.caches = outline.caches(config, self.options.kv)
         for node in self.model.graph.nodes:
             if node.op == "call_function":
                 rule = self.rules.get(node.target)
@@ -85,28 +85,6 @@ class Lowering:
 
     def _tap(self, node: Node) -> str | None:
         return self.model.residuals().get(node.name) if node.target is operator.getitem else None
-
-    def _caches(self) -> list[Value]:
-        config, kind = self.config, _KV[self.options.kv]
-        layers, heads, dim = config.layers, config.kv_heads, config.head_dim
-        values = [
-            Value("k", kind, (layers, heads, "k_panels", dim, PANEL)),
-            Value("v", kind, (layers, heads, "capacity", dim)),
-        ]
-        real = "float16" if kind == "int8" else kind
-        if kind == "int8":
-            values += [
-                Value("k_scale", "float32", (layers, heads, "capacity")),
-                Value("v_scale", "float32", (layers, heads, "capacity")),
-            ]
-        if config.sparse is not None:
-            values += [
-                Value("fine", real, (layers, heads, "fine_panels", dim, PANEL)),
-                Value("coarse", real, (layers, heads, "coarse_panels", dim, PANEL)),
-            ]
-            if config.sparse.use_nope:
-                values.append(Value("nope", real, (layers, heads, "k_panels", dim, PANEL)))
-        return values
 
     # Values and parameters
 
@@ -137,26 +115,18 @@ class Lowering:
     def _matrix(self, node: Node, gated: bool = False) -> tuple[list[str], dict[str, Any]]:
         """Return the parameters of a panel-packed matrix and the kernel options that describe it."""
         weight = self.model.weights[node.name]
-        rows, width = weight.shape
-        panels = 2 * layout.panels(rows // 2) if gated else layout.panels(rows)
         stem = f"{weight.name}:{'gated' if gated else 'panels'}"
-        if weight.format == "dense":
-            dtype = _DTYPES[node.meta["val"].dtype]
-            stored = "uint16" if dtype == "bfloat16" else dtype
-            origin = Stored(weight, "weight", gated)
-            return [self._parameter(f"{stem}.weight", stored, (panels, width, PANEL), origin)], {
-                "format": "dense",
-                "dtype": dtype,
-            }
-        grouping = layout.grouping(weight.format, weight.group, width)
-        chunks = grouping.padded_width(width) // layout.code_format(weight.format).inputs
-        kind = self._scales_dtype(weight)
-        scales = "uint16" if kind == "bfloat16" else kind
-        groups = width // group_extent(weight.group, width)
+        dense = weight.format == "dense"
+        kind = _DTYPES[node.meta["val"].dtype] if dense else self._scales_dtype(weight)
+        rows, width = weight.shape
+        matrix = pack.Matrix(weight.format, rows, width, weight.group, gated)
+        parts = outline.parameters(matrix, _STORED[kind], weight.zeros)
         parameters = [
-            self._parameter(f"{stem}.weight", "uint8", (panels, chunks, 64), Stored(weight, "weight", gated)),
-            self._parameter(f"{stem}.scales", scales, (panels, groups, PANEL), Stored(weight, "scales", gated)),
+            self._parameter(f"{stem}.{part}", _VALUES[spec.dtype], spec.shape, Stored(weight, part, gated))
+            for part, spec in parts.items()
         ]
+        if dense:
+            return parameters, {"format": "dense", "dtype": kind}
         return parameters, {"format": weight.format, "group": weight.group, "width": width, "scales": kind}
 
     def _scales_dtype(self, weight: Weight) -> str:
@@ -304,7 +274,7 @@ class Lowering:
         qkv = _source(v)
         if qkv is not _source(q) or qkv is not _source(k):
             raise InternalError("attention does not read one projection", facts={"node": node.name})
-        heads, kv_heads, dim, kv = config.heads, config.kv_heads, config.head_dim, _KV[self.options.kv]
+        heads, kv_heads, dim, kv = config.heads, config.kv_heads, config.head_dim, outline.KV[self.options.kv]
         shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": dim, "kv": kv}
         norms = [part.args[0] for part in (q, k) if part.args[0].target is aten.rms_norm.default]
         nope = sparse is not None and sparse.use_nope

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from arkinfer.exporters.base import BuildOptions
+from collections.abc import Iterable
+
+from arkinfer.config import ModelConfig
+from arkinfer.exporters.base import BuildOptions, StoredMatrix
 from arkinfer.exporters.kernels.tir import attention
 from arkinfer.exporters.kernels.tir.isa import ISAS
-from arkinfer.graph import ModelGraph
-from arkinfer.ops.linear import activation_group
-from arkinfer.passes.formats import linears
+from arkinfer.exporters.kernels.tir.layout import activation_group
 from arkinfer.targets import Target
 
 LANES = 16  # the kernels work on vectors of 16 values along every inner axis
 
 
-def reasons(model: ModelGraph, target: Target, options: BuildOptions) -> list[str]:
-    """Return one sentence per obstacle; empty if ``model`` can be lowered."""
-    config = model.config
+def reasons(config: ModelConfig, weights: Iterable[StoredMatrix], target: Target, options: BuildOptions) -> list[str]:
+    """Return one sentence per obstacle to running a model with these linear ``weights``; empty if there is none."""
     found = [f"no kernels are generated for the level {level}" for level in target.arch if level not in ISAS]
     for name, value in (("hidden_size", config.hidden_size), ("intermediate_size", config.intermediate_size)):
         if value % LANES:
@@ -24,8 +24,7 @@ def reasons(model: ModelGraph, target: Target, options: BuildOptions) -> list[st
     sparse = config.sparse
     sizes = () if sparse is None else (sparse.block_size, sparse.kernel_stride)
     found += attention.unsupported(config.head_dim, *sizes)
-    for node in linears(model):
-        weight = model.weight_of(node)
+    for weight in weights:
         group = activation_group(weight.group, weight.shape[1]) if weight.format != "dense" else LANES
         if group % LANES:
             found.append(

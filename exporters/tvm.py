@@ -13,7 +13,7 @@ import torch
 
 from arkinfer.artifact import tensors
 from arkinfer.errors import UnsupportedError
-from arkinfer.exporters import compiled, refusals
+from arkinfer.exporters import compiled, outline, refusals
 from arkinfer.exporters.base import BuildOptions, Payload, Progress
 from arkinfer.exporters.compiler import Compiler
 from arkinfer.exporters.kernels.tir import pack, peak
@@ -21,6 +21,7 @@ from arkinfer.exporters.kernels.tir.isa import ISAS
 from arkinfer.exporters.lowering import Lowering, Stored
 from arkinfer.exporters.program import Program, Value
 from arkinfer.graph import ModelGraph, Weight
+from arkinfer.passes.formats import linears
 from arkinfer.quant.packed import Packed, pack_crumbs, pack_nibbles
 from arkinfer.reference import WeightSource
 from arkinfer.targets import Target
@@ -50,7 +51,8 @@ class TvmExporter:
 
     def support(self, model: ModelGraph, target: Target, options: BuildOptions) -> list[str]:
         """Return why the CPU kernels cannot run ``model``; empty if they can."""
-        return refusals.reasons(model, target, options)
+        weights = [model.weight_of(node) for node in linears(model)]
+        return refusals.reasons(model.config, weights, target, options)
 
     def export(
         self,
@@ -166,20 +168,12 @@ class _ArtifactWeights:
 def _plan(model: ModelGraph, program: Program, target: Target, options: BuildOptions) -> dict[str, Any]:
     """Return what the backend needs to know that is not in the compiled code."""
     config, sparse = model.config, model.config.sparse
-    item = {"fp32": 4, "fp16": 2, "int8": 1}[options.kv]
-    real = 2 if options.kv == "int8" else item
-    row = config.layers * config.kv_heads * config.head_dim
-    scales = 8 * config.layers * config.kv_heads if options.kv == "int8" else 0
-    compressed = 0.0
-    if sparse is not None:
-        compressed = row * real / sparse.kernel_stride
-        compressed += row * real / sparse.coarse_stride if sparse.lse == "coarse" else 0
     sizes = {
         value.name: tensors.TensorSpec(_DTYPES[value.dtype], tuple(map(int, value.shape))).nbytes
         for value in program.parameters
     }
-    linears = {name for call in program.calls if call.kernel.startswith("linear") for name in call.inputs}
-    matrices = [model.weight_of(node) for node in model.graph.nodes if node.target is torch.ops.arkinfer.linear.default]
+    read = {name for call in program.calls if call.kernel.startswith("linear") for name in call.inputs}
+    matrices = [model.weight_of(node) for node in linears(model)]
     whole = any(call.kernel == "linear_int8" for call in program.calls)
     frequencies = next(iter(model.constants.values())).float().tolist()
     return {
@@ -189,44 +183,18 @@ def _plan(model: ModelGraph, program: Program, target: Target, options: BuildOpt
         "max_context": options.context,
         "weights": WEIGHTS,
         "parameters": [value.name for value in program.parameters],
-        "caches": [_cache(value, model) for value in program.caches],
+        "caches": [outline.cache(value, sparse) for value in program.caches],
         "taps": [public for public, _ in program.taps],
         "rope": {
             "inverse_frequencies": [value.hex() for value in frequencies],
             "magnitude": float(config.rope.magnitude(config.max_context)).hex(),
         },
-        "sparse": None
-        if sparse is None
-        else {
-            "dense_len": sparse.dense_len,
-            "topk": sparse.topk,
-            "window_size": sparse.window_size,
-            "block_size": sparse.block_size,
-        },
-        "bytes": {
-            "weights": sum(size for name, size in sizes.items() if name in linears),
-            "kv_per_token": 2 * row * item + scales,
-            "compressed_per_token": compressed,
-        },
+        "sparse": outline.gear(sparse),
+        "bytes": outline.traffic(config, options.kv, sum(size for name, size in sizes.items() if name in read)),
         "peak": {
             "values": 64 * peak.SOURCES if whole else 16 * peak.SOURCES,
             "dtype": "int8" if whole else "float32",
             "operations": {isa: peak.operations(ISAS[isa], whole) for isa in target.arch},
         },
         "ops_per_token": sum(2 * weight.shape[0] * weight.shape[1] for weight in matrices),
-    }
-
-
-def _cache(value: Value, model: ModelGraph) -> dict[str, Any]:
-    """Describe one state tensor: -1 marks the axis that grows by one every ``stride`` * ``pack`` tokens."""
-    sparse = model.config.sparse
-    strides = {"fine": sparse.kernel_stride, "coarse": sparse.coarse_stride} if sparse else {}
-    shape = [-1 if isinstance(extent, str) else extent for extent in value.shape]
-    panels = any(isinstance(extent, str) and extent.endswith("panels") for extent in value.shape)
-    return {
-        "name": value.name,
-        "dtype": value.dtype,
-        "shape": shape,
-        "stride": strides.get(value.name, 1),
-        "pack": 16 if panels else 1,
     }

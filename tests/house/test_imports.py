@@ -45,6 +45,7 @@ LIGHT = (
     "arkinfer/config.py",
     "arkinfer/errors.py",
     "arkinfer/recipe.py",
+    "arkinfer/structure.py",
 )
 
 
