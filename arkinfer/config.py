@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -50,7 +51,8 @@ class _Fields:
             if default is None:
                 raise _refuse(f"{self.where} has no `{name}`")
             return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or int(value) != value:
+        whole = isinstance(value, float) and value.is_integer()
+        if isinstance(value, bool) or not (isinstance(value, int) or whole):
             raise _refuse(f"{self.where}: `{name}` is not an integer", value=repr(value))
         if value < minimum:
             raise _refuse(f"{self.where}: `{name}` is below {minimum}", value=value)
@@ -62,7 +64,7 @@ class _Fields:
             if default is None:
                 raise _refuse(f"{self.where} has no `{name}`")
             return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
             raise _refuse(f"{self.where}: `{name}` is not a positive finite number", value=repr(value))
         return float(value)
 

@@ -58,8 +58,8 @@ def lower(
 
     Raises UserError where these are not the weights that ``config`` implies.
     """
+    structure.require(layouts, structure.shapes(config))  # before a graph of absurdly many layers is captured
     graph = graphs.capture(config, context, kv)
-    structure.require(layouts, {weight.sources[0]: weight.shape for weight in graph.weights.values()})
     chosen = recipe if isinstance(recipe, Recipe) else recipe(graph)
     return Lowered(passes.run(graph, chosen), chosen)
 
@@ -76,9 +76,14 @@ def build(
     context: int | None = None,
     verify: str = "fast",
     force: bool = False,
+    revision: str | None = None,
+    offline: bool = False,
     progress: Progress | None = None,
 ) -> Artifact:
-    """Compile ``model`` (a checkpoint folder or a bundled model's name) for ``target`` and return the sealed artifact.
+    """Compile ``model`` for ``target`` and return the sealed artifact.
+
+    ``model``: a checkpoint folder, a bundled model's name, or ``owner/name`` of the Hugging Face hub, at ``revision``;
+    ``offline`` takes only what was fetched before.
 
     ``weights``: auto, fp32, fp16, int8, int4 or ternary; auto keeps ternary checkpoints ternary. ``kv``: fp32, fp16 or
     int8 caches. ``attention``: the artifact's default gear. ``context``: largest number of tokens. ``verify``: fast,
@@ -93,7 +98,7 @@ def build(
     exporter = exporters.get(description.backend)
     if verify not in ("none", *verification.SUITES):
         raise UserError(f"verify is fast, full or none, not {verify!r}", hint=nearest(verify, ["fast", "full", "none"]))
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, revision, offline)
     options = _options(checkpoint.config, description, kv, attention, context)
     destination = Path(out) if out is not None else Path(f"{checkpoint.name}-{description.name}.ark")
     with Writer(destination, force) as writer, closing(exporter):
@@ -139,7 +144,7 @@ def build(
             "toolchain": dict(payload.toolchain),
             "limits": dict(payload.limits),
             "parity": None,
-            "provenance": {"model": checkpoint.name, "notes": list(checkpoint.config.notes)},
+            "provenance": {"model": checkpoint.name, **checkpoint.source, "notes": list(checkpoint.config.notes)},
         }
         if verify != "none":
             staged = writer.preview(fields)
@@ -249,9 +254,9 @@ def _adds_bos(tokenizer: Path, settings: Mapping[str, Any], bos_id: int | None) 
     return Tokenizer.from_file(tokenizer).puts_first(bos_id)
 
 
-def describe(model: str | Path) -> dict[str, Any]:
-    """Return what a checkpoint is, from its config and headers alone: no tensor is read."""
-    checkpoint = open_checkpoint(model)
+def describe(model: str | Path, revision: str | None = None, offline: bool = False) -> dict[str, Any]:
+    """Return what a checkpoint is, from its config and headers alone: no tensor is read or fetched."""
+    checkpoint = open_checkpoint(model, revision, offline, headers_only=True)
     stored: dict[str, int] = {}
     for weight in checkpoint.weights.values():
         layout = weight.layout
@@ -261,6 +266,7 @@ def describe(model: str | Path) -> dict[str, Any]:
     config["rope"] = {key: value for key, value in config["rope"].items() if not isinstance(value, (list, tuple))}
     return {
         "model": checkpoint.name,
+        **checkpoint.source,
         "parameters": checkpoint.parameters,
         "tensors": len(checkpoint.weights),
         "bytes_by_dtype": stored,

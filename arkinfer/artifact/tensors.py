@@ -18,6 +18,8 @@ import numpy as np
 from arkinfer.errors import ArkError, UserError
 
 MAX_HEADER_BYTES = 100 << 20  # the limit that the safetensors format itself sets
+MAX_NAME = 512
+MAX_AXES = 8
 ALIGNMENT = 64
 
 ITEM_BYTES: Mapping[str, int] = {
@@ -55,44 +57,58 @@ def read_header(file: Path, error: type[ArkError] = UserError, code: str = "ARK-
     not match their byte range, ranges that overlap, leave holes or pass the end of the file.
     """
 
-    def bad(reason: str) -> ArkError:
-        return error(
-            f"{file.name} is not a sound safetensors file: {reason}",
-            facts={"file": file},
-            hint="copy or write the file again; an interrupted copy is the usual cause",
-            code=code,
-        )
-
     size = file.stat().st_size
     with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise bad(f"its header claims {length} bytes and the file has {size}")
-        try:
-            header = json.loads(stream.read(length))
-        except (ValueError, RecursionError) as cause:
-            raise bad("its header is not JSON") from cause
+        length = header_length(stream.read(8), size, file, error, code)
+        return parse_header(stream.read(length), size, file, error, code)
+
+
+def header_length(
+    first: bytes, size: int, file: Path, error: type[ArkError] = UserError, code: str = "ARK-E121"
+) -> int:
+    """Return the bytes of the header of a file of ``size`` bytes that begins with ``first``, its first 8 bytes."""
+    length = int.from_bytes(first[:8], "little")
+    if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+        raise _unsound(file, f"its header claims {length} bytes and the file has {size}", error, code)
+    return length
+
+
+def parse_header(
+    text: bytes, size: int, file: Path, error: type[ArkError] = UserError, code: str = "ARK-E121"
+) -> dict[str, TensorEntry]:
+    """Check the header ``text`` of ``file``, which has ``size`` bytes: see read_header."""
+
+    def bad(reason: str) -> ArkError:
+        return _unsound(file, reason, error, code)
+
+    try:
+        header = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as cause:
+        raise bad("its header is not JSON, or names something twice") from cause
     if not isinstance(header, dict):
         raise bad("its header is not a JSON object")
     header.pop("__metadata__", None)
     entries: dict[str, TensorEntry] = {}
-    base = 8 + length
+    base = 8 + len(text)
     for name, fields in header.items():
+        if not name.isprintable() or not 0 < len(name) <= MAX_NAME:
+            raise bad(f"a tensor has the name {name[:80]!r}")
         try:
-            dtype = fields["dtype"]
-            item = ITEM_BYTES[dtype]
-            shape = tuple(fields["shape"])
-            start, stop = fields["data_offsets"]
+            dtype, shape, (start, stop) = fields["dtype"], fields["shape"], fields["data_offsets"]
         except (KeyError, TypeError, ValueError) as cause:
             raise bad(f"tensor {name!r} has a malformed entry") from cause
-        if not all(type(value) is int and value >= 0 for value in (*shape, start, stop)):
+        if not isinstance(dtype, str) or not isinstance(shape, list) or len(shape) > MAX_AXES:
+            raise bad(f"tensor {name!r} has a malformed entry")
+        if dtype not in ITEM_BYTES:
+            raise bad(f"tensor {name!r} has the unknown dtype {dtype[:20]!r}")
+        if not all(type(value) is int and 0 <= value < 1 << 63 for value in (*shape, start, stop)):
             raise bad(f"tensor {name!r} has a malformed entry")
         count = 1
         for extent in shape:
             count *= extent
-        if stop - start != count * item:
-            raise bad(f"tensor {name!r} of shape {list(shape)} does not fill its byte range {start}..{stop}")
-        entries[name] = TensorEntry(file, dtype, shape, base + start, base + stop)
+        if stop - start != count * ITEM_BYTES[dtype]:
+            raise bad(f"tensor {name!r} of shape {shape} does not fill its byte range {start}..{stop}")
+        entries[name] = TensorEntry(file, dtype, tuple(shape), base + start, base + stop)
     end = base
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != end:
@@ -101,6 +117,22 @@ def read_header(file: Path, error: type[ArkError] = UserError, code: str = "ARK-
     if end != size:
         raise bad(f"its tensors end at byte {end} and the file has {size}")
     return entries
+
+
+def _unsound(file: Path, reason: str, error: type[ArkError], code: str) -> ArkError:
+    return error(
+        f"{file.name} is not a sound safetensors file: {reason}",
+        facts={"file": file},
+        hint="copy or write the file again; an interrupted copy is the usual cause",
+        code=code,
+    )
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return result
 
 
 def map_file(file: Path) -> mmap.mmap:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from arkinfer.checkpoint import hub
 from arkinfer.checkpoint.base import Checkpoint
-from arkinfer.checkpoint.folder import FolderCheckpoint
+from arkinfer.checkpoint.folder import NO_PICKLE, PICKLES, FolderCheckpoint
 from arkinfer.errors import UserError, nearest
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
@@ -18,18 +19,36 @@ def bundled_models() -> list[str]:
     return sorted(folder.name for folder in BUNDLED.iterdir()) if BUNDLED.is_dir() else []
 
 
-def open_checkpoint(model: str | Path) -> Checkpoint:
-    """Open a checkpoint folder, or a bundled model by name.
+def open_checkpoint(
+    model: str | Path, revision: str | None = None, offline: bool = False, headers_only: bool = False
+) -> Checkpoint:
+    """Open a checkpoint folder, a bundled model by name, or ``owner/name`` or ``owner/name@revision`` of the hub.
+
+    A folder of that name goes before the hub. ``offline``: only what was fetched before is used. ``headers_only``:
+    weights that are not here are not fetched, and reading their rows raises UserError.
 
     Raises UserError when the checkpoint, its config or its weights are missing or malformed.
     """
     bundled = bundled_models()
     path = BUNDLED / model if str(model) in bundled else Path(model)
-    if not path.is_dir():
+    if not path.exists() and (named := hub.parse_id(str(model), revision)) is not None:
+        return hub.HubCheckpoint(named, offline, headers_only)
+    if revision is not None:
         raise UserError(
-            f"no model at {str(model)!r}: neither a folder nor a bundled model",
-            facts={"bundled models": ", ".join(bundled)},
-            hint=f"{nearest(str(model), bundled)}\na folder with config.json, tokenizer.json and *.safetensors",
+            "--revision is for models of the hub", facts={"model": model}, hint="leave --revision out", code="ARK-E120"
+        )
+    if path.is_dir():
+        return FolderCheckpoint(path)
+    if path.exists():
+        raise UserError(
+            f"{path.name} is a file",
+            facts={"file": path},
+            hint=NO_PICKLE if path.suffix in PICKLES else f"give its folder: {path.parent}",
             code="ARK-E120",
         )
-    return FolderCheckpoint(path)
+    raise UserError(
+        f"no model at {str(model)!r}: neither a folder, nor a bundled model, nor OWNER/NAME of the hub",
+        facts={"bundled models": ", ".join(bundled)},
+        hint=f"{nearest(str(model), bundled)}\na folder with config.json, tokenizer.json and *.safetensors",
+        code="ARK-E120",
+    )

@@ -13,6 +13,7 @@ from arkinfer.errors import UserError, nearest
 
 # What `asset` may be asked for.
 ASSETS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+_AGAIN = "compare the file with the one that the model's author published"
 
 
 class Checkpoint:
@@ -25,6 +26,12 @@ class Checkpoint:
     raw_config: dict[str, Any]  # config.json, or what stands in for it
     config: ModelConfig
     weights: Mapping[str, StoredWeight]
+    headers_only = False  # reading rows of the weights raises UserError: they are not on this machine
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """What an artifact says of where the model comes from, beyond its name; plain JSON values."""
+        return {}
 
     @property
     def name(self) -> str:
@@ -70,8 +77,8 @@ def parse_object(data: bytes, name: str) -> dict[str, Any]:
     """Return the JSON object in ``data``. Raises UserError, calling it ``name``, for anything else."""
     try:
         value = json.loads(data.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{name} is not valid JSON", facts={"reason": error}, code="ARK-E122") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name} is not valid JSON", facts={"reason": error}, hint=_AGAIN, code="ARK-E122") from error
     if not isinstance(value, dict):
-        raise UserError(f"{name} is not a JSON object", code="ARK-E122")
+        raise UserError(f"{name} is not a JSON object", hint=_AGAIN, code="ARK-E122")
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,28 @@ from arkinfer.config import ModelConfig
 from arkinfer.errors import UserError
 
 INDEX = "model.safetensors.index.json"
-_PICKLES = (".bin", ".pt", ".pth")
+SINGLE = "model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+NO_PICKLE = (
+    "pickle files run code when loaded and are never read\n"
+    "in Python, with the author's code: model.save_pretrained(FOLDER, safe_serialization=True)"
+)
+MAX_TEXT_BYTES = 256 << 20  # of a JSON file or a template; the largest tokenizer.json known has 33 MB
 
 
 class FolderCheckpoint(Checkpoint):
-    """A checkpoint folder opened for reading. Raises UserError if it is incomplete or malformed."""
+    """A checkpoint folder opened for reading. Raises UserError if it is incomplete or malformed.
 
-    def __init__(self, path: Path) -> None:
+    Links are followed within ``root``, by default the folder itself; a snapshot in the cache of huggingface_hub is made
+    of links to the blobs beside it. ``header`` reads the header of a weight file that may not be there yet.
+    """
+
+    def __init__(
+        self, path: Path, root: Path | None = None, header: Callable[[Path], dict[str, TensorEntry]] | None = None
+    ) -> None:
         self.path = path
+        self._root = (root or _cache_of(path)).resolve()
+        self._header = header
         self.raw_config = self._json("config.json")
         config = ModelConfig.from_json(self.raw_config)
         settings = Quantization.read(self.raw_config, self._beside())
@@ -30,33 +45,47 @@ class FolderCheckpoint(Checkpoint):
         self.config = replace(config, notes=(*config.notes, *notes))
 
     def asset(self, name: str) -> bytes | None:
+        file = self._file(name)
+        return None if file is None else read_text(file)
+
+    def _file(self, name: str) -> Path | None:
+        """Return the file ``name`` of this folder, or None. Raises UserError for what leads elsewhere."""
         file = self.path / name
-        return file.read_bytes() if file.is_file() else None
+        if not file.exists() and not file.is_symlink():
+            return None
+        if not file.resolve().is_relative_to(self._root):
+            raise UserError(
+                f"{name} is a link that leaves the checkpoint's folder",
+                facts={"link": file, "leads to": file.resolve()},
+                hint=f"cp -rL {self.path} COPY",
+                code="ARK-E162",
+            )
+        if not file.is_file():
+            what = "a broken link" if file.is_symlink() else "not a regular file"
+            raise UserError(f"{name} is {what}", facts={"file": file}, hint="complete the download", code="ARK-E123")
+        return file
 
     def _json(self, name: str) -> dict[str, Any]:
-        file = self.path / name
-        if not file.is_file():
+        file = self._file(name)
+        if file is None:
             raise UserError(f"{self.path} has no {name}", hint="point at the folder that holds it", code="ARK-E122")
-        return parse_object(file.read_bytes(), str(file))
+        return parse_object(read_text(file), str(file))
 
     def _beside(self) -> dict[str, Any] | None:
-        return next((self._json(name) for name in BESIDE if (self.path / name).is_file()), None)
+        return next((self._json(name) for name in BESIDE if self._file(name) is not None), None)
 
     def _entries(self) -> dict[str, TensorEntry]:
-        index = self.path / INDEX
-        if index.is_file():
-            weight_map = self._json(index.name).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise UserError(f"{index} has no weight_map", code="ARK-E122")
-            names = sorted({str(name) for name in weight_map.values()})
-            if any(Path(name).name != name for name in names):
-                raise UserError(f"{index} names files outside its folder", code="ARK-E122")
+        weight_map = None
+        if self._file(INDEX) is not None:
+            weight_map = check_index(self._json(INDEX), str(self.path / INDEX))
+            names = sorted(set(weight_map.values()))
+        elif self._header is not None or self._file(SINGLE) is not None:
+            names = [SINGLE]
         else:
-            weight_map = None
             names = sorted(file.name for file in self.path.glob("*.safetensors"))
         if not names:
             raise self._nothing()
-        missing = [name for name in names if not (self.path / name).is_file()]
+        missing = [name for name in names if self._header is None and self._file(name) is None]
         if missing:
             raise UserError(
                 f"{len(missing)} of {len(names)} weight files are missing",
@@ -66,26 +95,77 @@ class FolderCheckpoint(Checkpoint):
             )
         entries: dict[str, TensorEntry] = {}
         for name in names:
-            for tensor, entry in read_header(self.path / name).items():
-                if tensor in entries:
+            for tensor, entry in (self._header or read_header)(self.path / name).items():
+                if tensor in entries and not tensor.startswith("~"):  # the padding that arkinfer itself writes
                     raise UserError(
-                        f"tensor {tensor} is in two files", facts={"files": f"{entries[tensor].file.name}, {name}"}
+                        f"tensor {tensor} is in two files",
+                        facts={"files": f"{entries[tensor].file.name}, {name}"},
+                        hint="keep the files of one model in the folder",
+                        code="ARK-E123",
                     )
                 entries[tensor] = entry
         absent = sorted(set(weight_map or ()) - set(entries))
         if absent:
             raise UserError(
-                f"the index names {len(absent)} tensors that no file holds", facts={"first": absent[0]}, code="ARK-E123"
+                f"the index names {len(absent)} tensors that no file holds",
+                facts={"first": absent[0]},
+                hint="complete the download",
+                code="ARK-E123",
             )
         return entries
 
     def _nothing(self) -> UserError:
-        pickles = [file.name for file in self.path.iterdir() if file.suffix in _PICKLES]
+        pickles = sorted(file.name for file in self.path.iterdir() if file.suffix in PICKLES)
         return UserError(
             f"{self.path} has no *.safetensors file",
-            facts={"found": ", ".join(pickles)} if pickles else {},
-            hint="pickle files run code when loaded and are never read; save with safe_serialization=True"
-            if pickles
-            else "complete the download",
+            facts={"found": ", ".join(pickles[:8])} if pickles else {},
+            hint=NO_PICKLE if pickles else "complete the download",
             code="ARK-E123",
         )
+
+
+def check_index(index: Mapping[str, Any], name: str) -> dict[str, str]:
+    """Return the weight_map (tensor to file) of an index called ``name``. Raises UserError for unsafe file names."""
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{name} has no weight_map", hint="complete the download", code="ARK-E122")
+    for file in weight_map.values():
+        if (
+            not isinstance(file, str)
+            or not file.isprintable()
+            or len(file) > 255
+            or Path(file).name != file
+            or not file.endswith(".safetensors")
+        ):
+            raise UserError(
+                f"{name} names a file that is not a safetensors file of its own folder",
+                facts={"named": repr(file)[:200]},
+                hint=NO_PICKLE if str(file).endswith(PICKLES) else "use the index that its author published",
+                code="ARK-E122",
+            )
+    return weight_map
+
+
+def read_text(file: Path) -> bytes:
+    """Return a JSON file or a template. Raises UserError if it is absurdly long or cannot be read."""
+    try:
+        size = file.stat().st_size
+        if size > MAX_TEXT_BYTES:
+            raise UserError(
+                f"{file.name} is too long",
+                facts={"file": file, "bytes": size, "limit": MAX_TEXT_BYTES},
+                hint="compare the file with the one that the model's author published",
+                code="ARK-E122",
+            )
+        return file.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{file.name} cannot be read", facts={"file": file, "reason": error}, code="ARK-E122"
+        ) from error
+
+
+def _cache_of(path: Path) -> Path:
+    """Return the folder that links in ``path`` may lead into: itself, or the hub cache's folder of the model."""
+    place = path.resolve()
+    inside = place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--")
+    return place.parent.parent if inside else place

@@ -132,7 +132,19 @@ def read_bytes(file: Path, offset: int, count: int) -> np.ndarray:
 
 def read_into(file: Path, rows: np.ndarray, offsets: Iterable[int]) -> None:
     """Fill each of ``rows`` (n, count) uint8 from its offset in ``file`` on. Raises UserError if that ends earlier."""
-    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{file.name} is not on this machine: only its header was read",
+            facts={"file": file},
+            hint="arkinfer build fetches it",
+            code="ARK-E164",
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"{file.name} cannot be read", facts={"file": file, "reason": error}, code="ARK-E164"
+        ) from error
     try:
         for row, offset in zip(rows, offsets, strict=True):
             view, count, done = row.data, len(row), 0

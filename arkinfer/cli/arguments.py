@@ -58,6 +58,14 @@ def json_option(function: Function) -> Function:
     return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(function)
 
 
+def hub_options(function: Function) -> Function:
+    """Add ``--revision`` and ``--offline``, for models of the Hugging Face hub."""
+    function = click.option("--offline", is_flag=True, help="Of the hub, use only what was fetched before.")(function)
+    return click.option(
+        "--revision", metavar="NAME", help="Branch, tag or commit of a model OWNER/NAME of the hub.  [default: main]"
+    )(function)
+
+
 def engine_options(function: Function) -> Function:
     """Add ``--threads`` and ``--attention``."""
     function = click.option(

@@ -28,6 +28,7 @@ from arkinfer.cli.progress import Progress
 @click.option("--context", type=click.IntRange(1), help="Most tokens of a conversation.  [default: the model's limit]")
 @click.option("--verify", type=click.Choice(["fast", "full", "none"]), default="fast", show_default=True)
 @click.option("--force", is_flag=True, help="Replace an artifact that is there already.")
+@arguments.hub_options
 @arguments.json_option
 def command(
     model: str,
@@ -39,9 +40,13 @@ def command(
     context: int | None,
     verify: str,
     force: bool,
+    revision: str | None,
+    offline: bool,
     as_json: bool,
 ) -> None:
-    """Compile MODEL, a checkpoint folder or a bundled model, for a target into an artifact.
+    """Compile MODEL for a target into an artifact.
+
+    MODEL is a checkpoint folder, a bundled model, or OWNER/NAME of the Hugging Face hub.
 
     Ends with a comparison of the artifact with the reference; an artifact that differs is not kept.
     """
@@ -58,6 +63,8 @@ def command(
             context=context,
             verify=verify,
             force=force,
+            revision=revision,
+            offline=offline,
             progress=progress,
         )
     manifest, total = artifact.manifest, arguments.artifact_size(artifact)

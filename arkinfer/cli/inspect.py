@@ -18,11 +18,14 @@ if TYPE_CHECKING:
 @click.argument("subject", required=False, metavar="ARTIFACT|MODEL", shell_complete=arguments.complete_models)
 @arguments.artifact_option
 @click.option("--graph", is_flag=True, help="Print the model graph instead.")
+@arguments.hub_options
 @arguments.json_option
-def command(subject: str | None, named: str | None, graph: bool, as_json: bool) -> None:
+def command(
+    subject: str | None, named: str | None, graph: bool, revision: str | None, offline: bool, as_json: bool
+) -> None:
     """Show what an artifact, or a model that is not built yet, is made of.
 
-    Of a model only the configuration and the headers are read.
+    Of a model only the configuration and the headers are read, or fetched.
     """
     place = arguments.one_artifact(named, subject)
     if graph and as_json:
@@ -44,10 +47,10 @@ def command(subject: str | None, named: str | None, graph: bool, as_json: bool) 
         from arkinfer import graph as graphs
         from arkinfer.checkpoint import open_checkpoint
 
-        config = open_checkpoint(place).config
+        config = open_checkpoint(place, revision, offline, headers_only=True).config
         click.echo(graphs.capture(config, config.max_context).dump())
         return
-    facts = pipeline.describe(place)
+    facts = pipeline.describe(place, revision, offline)
     if as_json:
         arguments.print_json(facts)
         return
