@@ -108,7 +108,8 @@ def group_extent(group: int, width: int) -> int:
 
 def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
     """Pack uint8 codes 0..15 of shape (N, K), K even, into (N, K/2) bytes, low nibble first."""
-    return codes[:, 0::2] | (codes[:, 1::2] << 4)
+    pairs = codes.contiguous().view(torch.int16)  # two codes, the first in the low byte
+    return (pairs | (pairs >> 4)).to(torch.uint8)
 
 
 def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
@@ -119,7 +120,9 @@ def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
 def pack_crumbs(codes: torch.Tensor) -> torch.Tensor:
     """Pack uint8 codes 0..3 of shape (N, K) into (N, ceil(K/4)) bytes, lowest bits first; the tail holds zeros."""
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 4))
-    return padded[:, 0::4] | (padded[:, 1::4] << 2) | (padded[:, 2::4] << 4) | (padded[:, 3::4] << 6)
+    fours = padded.contiguous().view(torch.int32)
+    pairs = fours | (fours >> 6)
+    return (pairs | (pairs >> 12)).to(torch.uint8)
 
 
 def unpack_crumbs(packed: torch.Tensor, width: int) -> torch.Tensor:

@@ -28,6 +28,7 @@ def fake_quantised(rows: int, width: int, extent: int, seed: int, dtype: torch.d
     generator = torch.Generator().manual_seed(seed)
     trits = torch.randint(-1, 2, (rows, width // extent, extent), generator=generator).float()
     scales = torch.rand(rows, width // extent, 1, generator=generator) + 0.01
+    scales[1::7] *= -1  # zeros of both signs
     return (trits * scales).reshape(rows, width).to(dtype)
 
 
@@ -73,6 +74,23 @@ def test_the_scale_search_beats_plain_absmax() -> None:
     scale = (grouped.abs().amax(2, keepdim=True) / 7).half().float()
     plain = (torch.round(grouped / scale).clamp(-8, 7) * scale).reshape(64, 256)
     assert (dequantise(searched) - weight).square().sum() < 0.9 * (plain - weight).square().sum()
+
+
+@pytest.mark.parametrize("group", [0, 32])
+def test_the_scale_search_finds_the_best_of_its_steps(group: int) -> None:
+    """Compare with the search written plainly, over more values than one block holds."""
+    torch.manual_seed(group)
+    weight = torch.randn(700, 256).bfloat16()
+    grouped = weight.float().reshape(700, -1, group or 256)
+    high, low = grouped.amax(dim=2, keepdim=True), grouped.amin(dim=2, keepdim=True)
+    peak = torch.where(high > -low, high, low)
+    errors = []
+    for shrink in torch.linspace(1.0, 0.7, 16).tolist():
+        scale = (peak * (shrink / -8)).half().float()
+        errors.append((torch.round(grouped / scale).clamp(-8, 7) * scale - grouped).square().sum(dim=2))
+    best = torch.stack(errors).amin(dim=0).sum()
+    found = (dequantise(integer.quantise(weight, 4, group)) - weight.float()).square().sum()
+    assert found < best * (1 + 1e-5)
 
 
 def test_zero_rows_stay_zero() -> None:

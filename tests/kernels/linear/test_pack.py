@@ -18,6 +18,8 @@ CASES = [
     Case("ternary", 0, 50, 36, gated=True),
     Case("int4", 8, 64, 37),
     Case("int8", 128, 256, 70, gated=True),
+    Case("int4", 64, 192, 70, gated=True),
+    Case("ternary", 128, 256, 33),
 ]
 
 
@@ -33,6 +35,18 @@ def test_unpacking_inverts_packing_in_any_slices(case: Case, monkeypatch: pytest
     slices = list(pack.weight(case.matrix, lambda first, last: canonical[first:last]))
     assert len(slices) == case.matrix.panels // case.matrix.halves
     np.testing.assert_array_equal(np.concatenate(slices), whole)
+    np.testing.assert_array_equal(pack.canonical(case.matrix, whole), canonical)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.matrix.whole_words], ids=str)
+def test_words_and_single_codes_are_packed_alike(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = np.random.default_rng(1).integers(0, layout.code_format(case.format).limit + 1, (case.rows, case.width))
+    canonical = canonical_bytes(case.format, codes)
+    quick = np.concatenate(list(pack.weight(case.matrix, lambda first, last: canonical[first:last])))
+    monkeypatch.setattr(pack.Matrix, "whole_words", False)
+    np.testing.assert_array_equal(
+        np.concatenate(list(pack.weight(case.matrix, lambda first, last: canonical[first:last]))), quick
+    )
 
 
 def test_gate_and_up_panels_alternate() -> None:
