@@ -29,9 +29,9 @@ from arkinfer.checkpoint.grouped import (
     read_columns,
     read_field_columns,
 )
-from arkinfer.checkpoint.quantization import Quantization, misfit, unsupported
+from arkinfer.checkpoint.quantization import Quantization, contradiction, misfit, unsupported
 from arkinfer.checkpoint.stored import StoredWeight, read_tensor
-from arkinfer.errors import UserError
+from arkinfer.config import ModelConfig
 
 # What the packers write; what changes the meaning of tensors is read below.
 KNOWN = (
@@ -73,15 +73,17 @@ class GptqWeight(GroupedWeight):
         return ((stored + np.uint8(self._stored_less)) & mask).T  # v1 stores 0 as all ones: the mask brings it back
 
 
-def claims(tensors: Mapping[str, TensorEntry]) -> bool:
-    """Tell whether the ``tensors`` of a module, by suffix, are in this layout: codes and scales of equal width."""
+def taken(tensors: Mapping[str, TensorEntry]) -> tuple[str, ...]:
+    """Return the suffixes of a module's ``tensors`` that are in this layout: codes and scales of equal width."""
     if not {"qweight", "qzeros", "scales"} <= set(tensors):
-        return False
+        return ()
     codes, scales = tensors["qweight"].shape, tensors["scales"].shape
-    return len(codes) == len(scales) == 2 and codes[1] == scales[1]
+    return TENSORS if len(codes) == len(scales) == 2 and codes[1] == scales[1] else ()
 
 
-def weight(name: str, tensors: Mapping[str, TensorEntry], settings: Quantization) -> StoredWeight:
+def weights(
+    name: str, tensors: Mapping[str, TensorEntry], settings: Quantization, config: ModelConfig
+) -> dict[str, StoredWeight]:
     """Return the checked weight of the module ``name``.
 
     Raises UserError where its tensors fit neither each other nor the settings, UnsupportedError for another version.
@@ -90,12 +92,7 @@ def weight(name: str, tensors: Mapping[str, TensorEntry], settings: Quantization
     if version not in ("", "gptq", "gptq_v2"):
         raise unsupported(f"GPTQ in the layout {version!r}", settings.values)
     if settings.method != "gptq":
-        raise UserError(
-            "the weights are packed as GPTQ, and nothing says in which of its versions",
-            facts={"tensor": f"{name}.qweight", "config.json says": settings.method or "nothing"},
-            hint="add the quantize_config.json or quantization_config that the checkpoint was published with",
-            code="ARK-E142",
-        )
+        raise contradiction("GPTQ", f"{name}.qweight", settings)
     codes, scales = tensors["qweight"], tensors["scales"]
     if len(codes.shape) != 2 or len(scales.shape) != 2:
         raise misfit(f"{name}.qweight", "is no matrix", shape=list(codes.shape), scales=list(scales.shape))
@@ -123,7 +120,7 @@ def weight(name: str, tensors: Mapping[str, TensorEntry], settings: Quantization
     expect(f"{name}.qzeros", tensors["qzeros"], ("I32",), (numbers.groups, -(-rows * bits // 32)))
     if index is not None:
         expect(f"{name}.g_idx", index, ("I32",), (width,))
-    return GptqWeight(name, tensors, numbers, 0 if version == "gptq_v2" else 1)
+    return {f"{name}.weight": GptqWeight(name, tensors, numbers, 0 if version == "gptq_v2" else 1)}
 
 
 def _members(index: TensorEntry | None, width: int, groups: int) -> int:

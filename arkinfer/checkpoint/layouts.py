@@ -7,14 +7,19 @@ from collections.abc import Mapping
 from types import ModuleType
 
 from arkinfer.artifact.tensors import TensorEntry
-from arkinfer.checkpoint import gptq
-from arkinfer.checkpoint.quantization import Quantization, misfit
+from arkinfer.checkpoint import awq, compressed_tensors, gptq, marlin
+from arkinfer.checkpoint.quantization import Quantization, misfit, unsupported
 from arkinfer.checkpoint.stored import FLOATS, DenseWeight, StoredWeight
 from arkinfer.config import ModelConfig
 from arkinfer.errors import UserError
 
-# Each tells by `claims` whether the tensors of a module are its own, and makes the `weight` of them.
-READERS: Mapping[str, ModuleType] = {"gptq": gptq}
+# Each tells by `taken` which tensors of a module are in its layout, and makes the `weights` of them.
+READERS: Mapping[str, ModuleType] = {
+    "gptq": gptq,
+    "awq": awq,
+    "marlin": marlin,
+    "compressed-tensors": compressed_tensors,
+}
 _NEEDED = re.compile(
     r"model\.(embed_tokens|norm|layers\.(?P<layer>\d+)\.(\w+_layernorm|self_attn\.\w+_(proj|norm)|mlp\.\w+_proj))\..*"
     r"|lm_head\..*"
@@ -37,20 +42,23 @@ def recognise(
             modules.setdefault(stem, {})[suffix] = entry
     passed: list[str] = []
     for stem, tensors in modules.items():
-        reader = _reader(tensors, settings)
-        rest = tensors
-        if reader is not None:
-            taken = {suffix: entry for suffix, entry in tensors.items() if suffix in reader.TENSORS}
-            rest = {suffix: entry for suffix, entry in tensors.items() if suffix not in taken}
-            if "weight" in rest:
-                raise misfit(f"{stem}.weight", "is there twice, as integers and as floats")
-            if _needed(f"{stem}.weight", config):
-                weights[f"{stem}.weight"] = reader.weight(stem, taken, settings)
-            else:
-                passed += [f"{stem}.{suffix}" for suffix in taken]
+        reader, suffixes = _reader(tensors, settings)
+        taken = {suffix: entry for suffix, entry in tensors.items() if suffix in suffixes}
+        rest = {suffix: entry for suffix, entry in tensors.items() if suffix not in suffixes}
+        if reader is not None and not _needed(f"{stem}.weight", config):
+            passed += [f"{stem}.{suffix}" for suffix in taken]
+        elif reader is not None:
+            for name, weight in reader.weights(stem, taken, settings, config).items():
+                if name in weights or (name.startswith(f"{stem}.") and name.rpartition(".")[2] in rest):
+                    raise misfit(name, "is there twice")
+                if name == "model.embed_tokens.weight" and weight.layout.order:
+                    raise unsupported("one whose embedding table has its inputs in another order", settings.values)
+                weights[name] = weight
         for suffix, entry in rest.items():
             name = f"{stem}.{suffix}".lstrip(".")
             if entry.dtype in FLOATS:
+                if name in weights:
+                    raise misfit(name, "is there twice")
                 weights[name] = DenseWeight(entry)
             elif _needed(name, config):
                 raise _unexplained(name, entry, settings)
@@ -58,19 +66,23 @@ def recognise(
                 passed.append(name)
     if passed:
         notes.append(f"{len(passed)} tensors are not the model's and were not read, the first {sorted(passed)[0]}")
-    if settings.method in READERS:
-        settings.note_unknown(READERS[settings.method].KNOWN, notes)
+    if settings.method:
+        reader = READERS[settings.method]
+        settings.note_unknown(reader.KNOWN, notes)
     return weights
 
 
-def _reader(tensors: Mapping[str, TensorEntry], settings: Quantization) -> ModuleType | None:
-    """Return the reader of a module's tensors: by their shapes, or by the settings where the shapes fit nothing."""
+def _reader(tensors: Mapping[str, TensorEntry], settings: Quantization) -> tuple[ModuleType | None, tuple[str, ...]]:
+    """Return the reader of a module's tensors and the suffixes it takes, or None and nothing.
+
+    Shapes tell; where they fit no format the settings do, so that the reader can say what is wrong.
+    """
     for reader in READERS.values():
-        if reader.claims(tensors):
-            return reader
-    if "qweight" in tensors and "scales" in tensors:
-        return READERS.get(settings.method)
-    return None
+        if suffixes := reader.taken(tensors):
+            return reader, suffixes
+    if settings.method in ("gptq", "awq") and {"qweight", "qzeros", "scales"} <= set(tensors):
+        return READERS[settings.method], READERS[settings.method].TENSORS
+    return None, ()
 
 
 def _needed(name: str, config: ModelConfig) -> bool:

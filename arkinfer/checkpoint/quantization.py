@@ -89,6 +89,16 @@ def unsupported(what: str, values: Mapping[str, Any], **facts: object) -> Unsupp
     )
 
 
+def contradiction(packing: str, tensor: str, settings: Quantization) -> UserError:
+    """Return the error for tensors in one format under the settings of another, or of none."""
+    return UserError(
+        f"the weights are packed as {packing}, and config.json says otherwise",
+        facts={"tensor": tensor, "config.json says": settings.method or "nothing"},
+        hint="use the config.json, or the quantize_config.json, that the checkpoint was published with",
+        code="ARK-E142",
+    )
+
+
 def misfit(tensor: str, reason: str, **facts: object) -> UserError:
     """Return the error for a quantised tensor that does not fit its neighbours or the settings."""
     return UserError(
