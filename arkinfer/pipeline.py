@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from arkinfer.errors import UnsupportedError, UserError, nearest
 from arkinfer.exporters.base import BuildOptions
 from arkinfer.graph import ModelGraph
 from arkinfer.passes import formats
-from arkinfer.recipe import Recipe, choose
+from arkinfer.recipe import Recipe, Rounding, Rule, choose
 from arkinfer.reference import Reference, WeightSource
 from arkinfer.runtime.tokenizer import Tokenizer
 from arkinfer.weights import CheckpointWeights
@@ -74,6 +74,10 @@ def build(
     kv: str | None = None,
     attention: str = "auto",
     context: int | None = None,
+    group: int | None = None,
+    head: str | None = None,
+    method: str | None = None,
+    rules: Sequence[str | Rule] = (),
     verify: str = "fast",
     force: bool = False,
     revision: str | None = None,
@@ -90,6 +94,10 @@ def build(
     full or none. ``out`` defaults to ``<model>-<target>.ark`` in the current folder; an existing artifact is replaced
     only with ``force``.
 
+    For weights that are quantised here, ``group`` (32, 64 or 128 inputs) shares an int4 scale, ``head`` (int8 or int4)
+    is the format of the embedding table and the output head, and ``method`` is search or pgptq. ``rules`` such as
+    "*.down_proj.*=int4:32" overrule ``weights`` by name, the first that matches. The target says what is not given.
+
     Raises UserError for bad input, UnsupportedError where the target cannot run the model, ParityError when the result
     differs from the torch reference; in all of these cases nothing is left at ``out``.
     """
@@ -100,6 +108,7 @@ def build(
         raise UserError(f"verify is fast, full or none, not {verify!r}", hint=nearest(verify, ["fast", "full", "none"]))
     checkpoint = open_checkpoint(model, revision, offline)
     options = _options(checkpoint.config, description, kv, attention, context)
+    rounding = Rounding.of(description.defaults, group, head, method, rules)
     destination = Path(out) if out is not None else Path(f"{checkpoint.name}-{description.name}.ark")
     with Writer(destination, force) as writer, closing(exporter):
         exporter.prepare(description)
@@ -109,7 +118,7 @@ def build(
 
         def recipe(graph: ModelGraph) -> Recipe:
             used = (source for weight in graph.weights.values() for source in weight.sources)
-            return choose(weights, fallback, formats.body(graph), used, checkpoint, activations)
+            return choose(weights, fallback, formats.body(graph), used, checkpoint, activations, rounding)
 
         lowered = lower(checkpoint.config, options.context, recipe, checkpoint.layouts(), options.kv)
         report("graph", 1, 1)

@@ -17,6 +17,10 @@ BACKENDS = ("tvm", "cuda", "tensorrt", "onnxruntime")
 WEIGHTS = ("auto", "fp32", "fp16", "int8", "int4", "ternary")
 KV = ("fp32", "fp16", "int8")
 ATTENTION = ("auto", "dense", "sparse")
+RULES = ("fp32", "fp16", "int8", "int4")
+GROUPS = (32, 64, 128)
+HEADS = ("int8", "int4")
+METHODS = ("search",)
 
 _MAX_BYTES = 64 << 10
 _MAX_EXTENDS = 8
@@ -30,12 +34,19 @@ _AMOUNT = r"[0-9]+(\.[0-9]+)? ?(KB|MB|GB|TB|KiB|MiB|GiB|TiB)"
 
 @dataclass(frozen=True, slots=True)
 class TargetDefaults:
-    """What a build takes where the user says nothing; ``context`` None means the model's own limit (tokens)."""
+    """What a build takes where the user says nothing; ``context`` None means the model's own limit (tokens).
+
+    ``group``, ``head``, ``method`` and ``rules`` (PATTERN=FORMAT[:GROUP]) are those of arkinfer.recipe.Rounding.
+    """
 
     weights: str = "auto"
     kv: str = "fp16"
     attention: str = "auto"
     context: int | None = None
+    group: int = 64
+    head: str = "int8"
+    method: str = "search"
+    rules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +69,8 @@ class Target:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the target as plain JSON values."""
-        return {**asdict(self), "arch": list(self.arch), "toolchain": dict(self.toolchain)}
+        defaults = {**asdict(self.defaults), "rules": list(self.defaults.rules)}
+        return {**asdict(self), "arch": list(self.arch), "toolchain": dict(self.toolchain), "defaults": defaults}
 
 
 def read(file: Path, resolve: Callable[[str | Path], Target], above: tuple[Path, ...] = ()) -> Target:
@@ -97,6 +109,7 @@ def read(file: Path, resolve: Callable[[str | Path], Target], above: tuple[Path,
             code="ARK-E112",
         )
     merged["arch"] = tuple(merged["arch"])
+    merged["defaults"]["rules"] = tuple(merged["defaults"].get("rules", ()))
     merged["defaults"] = TargetDefaults(**merged["defaults"])
     return Target(**merged)
 
@@ -122,7 +135,7 @@ def _bytes(value: int | str | None) -> int | None:
     return None if amount is None else int(amount)
 
 
-def _one_of(words: Sequence[str], description: str) -> dict[str, Any]:
+def _one_of(words: Sequence[object], description: str) -> dict[str, Any]:
     return {"enum": list(words), "description": description}
 
 
@@ -136,6 +149,18 @@ DEFAULTS = {
             "minimum": 1,
             "maximum": 10**9,
             "description": "Largest number of tokens; null: the model's limit",
+        }
+    ),
+    "group": Rule(_one_of(GROUPS, "Inputs that share one int4 scale, in weights that are quantised here")),
+    "head": Rule(_one_of(HEADS, "Format of the embedding table and the output head where weights are integers")),
+    "method": Rule(_one_of(METHODS, "search: the scale that loses least; pgptq: also correct later columns for it")),
+    "rules": Rule(
+        {
+            "type": "array",
+            "minItems": 0,
+            "uniqueItems": True,
+            "items": {"type": "string", "pattern": r"^.+=((fp32|fp16)|(int8|int4)(:(32|64|128))?)$"},
+            "description": "PATTERN=FORMAT[:GROUP] for weights by name, the first that matches; quote a leading `*`",
         }
     ),
 }
@@ -232,7 +257,9 @@ class _Document:
                     raise self.error(_line(event.start_mark), "nested too deep")
                 # Aliases make small files grow without bound, and a target has no use for them.
                 if isinstance(event, yaml.AliasEvent):
-                    raise self.error(_line(event.start_mark), "an alias (`*name`) is not allowed: write the value out")
+                    raise self.error(
+                        _line(event.start_mark), "an alias (`*name`) is not allowed: write the value out, or quote it"
+                    )
             self.root = yaml.compose(text, yaml.SafeLoader)
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
@@ -294,7 +321,8 @@ class _Document:
         kind = "null" if value is None else {int: "integer", float: "number", str: "string"}.get(type(value), "other")
         if "enum" in schema:
             if value not in schema["enum"]:
-                raise self.error(line, f"`{name}` cannot be {value!r}", nearest(str(value), schema["enum"]))
+                known = list(map(str, schema["enum"]))
+                raise self.error(line, f"`{name}` cannot be {value!r}", nearest(str(value), known))
             return value
         if kind not in types and not (kind == "integer" and "number" in types):
             raise self.error(line, f"`{name}` is {_A[kind]}, not {' or '.join(_A[each] for each in types)}")
@@ -304,9 +332,7 @@ class _Document:
     def _check_range(self, value: Any, schema: Mapping[str, Any], name: str, line: int) -> None:
         if isinstance(value, str):
             if "pattern" in schema and not re.search(schema["pattern"], value):
-                known = list(LEVELS) if name == "arch" else []
-                hint = nearest(value, known) if known else f"it must match {schema['pattern']}"
-                raise self.error(line, f"`{name}` cannot be {value!r}", hint)
+                raise self.error(line, f"`{name}` cannot be {value!r}", _suggestion(value, schema, name))
         elif value is not None and not schema["minimum"] <= value <= schema["maximum"]:
             raise self.error(line, f"`{name}` is out of range: {value}")
 
@@ -319,6 +345,16 @@ class _Document:
         except (yaml.YAMLError, ValueError, OverflowError) as error:
             raise self.error(node.start_mark.line, f"`{name}` is not plain data: {node.value[:80]!r}") from error
         return value
+
+
+def _suggestion(value: str, schema: Mapping[str, Any], name: str) -> str:
+    if name == "arch":
+        return nearest(value, list(LEVELS))
+    if name == "defaults.rules":
+        form, _, group = value.rpartition("=")[2].partition(":")
+        wrong, known = (group, tuple(map(str, GROUPS))) if form in RULES and group else (form, RULES)
+        return f"PATTERN=FORMAT[:GROUP], {nearest(wrong, known)}"
+    return f"it must match {schema['pattern']}"
 
 
 def _line(mark: Any) -> int:

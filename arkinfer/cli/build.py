@@ -26,6 +26,24 @@ from arkinfer.cli.progress import Progress
 )
 @click.option("--attention", type=arguments.ATTENTION, default="auto", show_default=True)
 @click.option("--context", type=click.IntRange(1), help="Most tokens of a conversation.  [default: the model's limit]")
+@click.option(
+    "--group",
+    type=click.Choice(["32", "64", "128"]),
+    help="Inputs that share a scale in int4 weights.  [default: the target's, 64]",
+)
+@click.option(
+    "--head",
+    type=click.Choice(["int8", "int4"]),
+    help="Format of the embedding and the output head, where weights are integers.  [default: the target's, int8]",
+)
+@click.option(
+    "--rule",
+    "rules",
+    multiple=True,
+    metavar="PATTERN=FORMAT[:GROUP]",
+    help="Store weights by name as fp32, fp16, int8 or int4, whatever --weights says: '*.down_proj.*=int4:32'. "
+    "Repeatable; the first that matches counts.  [default: the target's]",
+)
 @click.option("--verify", type=click.Choice(["fast", "full", "none"]), default="fast", show_default=True)
 @click.option("--force", is_flag=True, help="Replace an artifact that is there already.")
 @arguments.hub_options
@@ -38,6 +56,9 @@ def command(
     kv: str | None,
     attention: str,
     context: int | None,
+    group: str | None,
+    head: str | None,
+    rules: tuple[str, ...],
     verify: str,
     force: bool,
     revision: str | None,
@@ -61,6 +82,9 @@ def command(
             kv=kv,
             attention=attention,
             context=context,
+            group=int(group) if group else None,
+            head=head,
+            rules=rules,
             verify=verify,
             force=force,
             revision=revision,

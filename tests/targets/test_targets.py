@@ -44,7 +44,8 @@ def test_schema_covers_the_dataclass() -> None:
 def test_to_dict_is_plain_json() -> None:
     target = targets.load("cpu")
     raw = json.loads(json.dumps(target.to_dict()))
-    assert raw["defaults"] == {"weights": "auto", "kv": "fp16", "attention": "auto", "context": None}
+    stored = {"group": 64, "head": "int8", "method": "search", "rules": []}
+    assert raw["defaults"] == {"weights": "auto", "kv": "fp16", "attention": "auto", "context": None, **stored}
     assert raw == target.to_dict()
 
 
@@ -116,6 +117,12 @@ WRONG: dict[str, tuple[str | bytes, int, str]] = {
     "bandwidth zero": (MINIMAL + "bandwidth: 0\n", 4, "out of range"),
     "bandwidth nan": (MINIMAL + "bandwidth: .nan\n", 4, "out of range"),
     "bandwidth unit": (MINIMAL + "bandwidth: 50 GB\n", 4, "`bandwidth` cannot be"),
+    "group": (MINIMAL + "defaults: {group: 48}\n", 4, "`defaults.group` cannot be 48"),
+    "head": (MINIMAL + "defaults: {head: fp16}\n", 4, "`defaults.head` cannot be 'fp16'"),
+    "rules text": (MINIMAL + "defaults: {rules: '*=int4'}\n", 4, "`defaults.rules` is"),
+    "rule": (MINIMAL + "defaults:\n  rules: ['*=int4', 'x=int5']\n", 5, "`defaults.rules` cannot be 'x=int5'"),
+    "rule twice": (MINIMAL + "defaults:\n  rules: ['x=int4', 'x=int4']\n", 5, "twice"),
+    "rule unquoted": (MINIMAL + "defaults:\n  rules:\n  - *.down_proj.*=int4\n", 6, ""),
     "context": (MINIMAL + "defaults: {context: 0}\n", 4, "out of range"),
     "context text": (MINIMAL + "defaults: {context: many}\n", 4, "`defaults.context` is a text"),
     "context list": (MINIMAL + "defaults: {context: [1]}\n", 4, "single value"),
@@ -139,6 +146,15 @@ WRONG: dict[str, tuple[str | bytes, int, str]] = {
     "not utf-8": (MINIMAL.encode() + b"name: \xff\n", 1, "not YAML"),
     "deep": (MINIMAL + "name: " + "[" * 20_000, 4, "nested too deep"),
 }
+
+
+def test_rules_are_quoted_texts(read: Read) -> None:
+    target = read('extends: cpu\ndefaults:\n  rules: ["*.down_proj.*=int4:32", "layers.0.*=fp16"]\n')
+    assert target.defaults.rules == ("*.down_proj.*=int4:32", "layers.0.*=fp16")
+    for rule, near in (("x=int5", "did you mean `int"), ("x=int4:127", "128"), ("x", "known: fp16")):
+        with pytest.raises(UserError) as caught:
+            read(f"extends: cpu\ndefaults: {{rules: ['{rule}']}}\n")
+        assert near in caught.value.hint
 
 
 @pytest.mark.parametrize("case", WRONG)
