@@ -26,7 +26,7 @@ _VALUES = {"F32": "float32", "F16": "float16", "BF16": "uint16", "U8": "uint8"} 
 
 @dataclass(frozen=True)
 class Stored:
-    """What a parameter of the program is made of: a part ("weight", "scales" or "vector") of a weight of the graph."""
+    """What a parameter of the program is made of: a part of a weight of the graph, or "vector" for a norm or a bias."""
 
     weight: Weight
     part: str
@@ -41,7 +41,9 @@ class Lowering:
         self.program = Program()
         self.stored: dict[str, Stored] = {}  # parameter name -> origin
         self.names: dict[Node, str] = {}
-        self.quantised: dict[tuple[Node, layout.Grouping], list[str]] = {}
+        self.quantised: dict[tuple[Node, layout.Grouping, str], list[str]] = {}
+        self.gathered: dict[tuple[Node, str], str] = {}
+        self.orders: dict[str, str] = {}  # digest of an order of columns -> parameter name
         self.layer = 0
         self.rules: Mapping[Any, Callable[[Node], None]] = {
             ark.embedding.default: self._embedding,
@@ -127,7 +129,23 @@ class Lowering:
         ]
         if dense:
             return parameters, {"format": "dense", "dtype": kind}
-        return parameters, {"format": weight.format, "group": weight.group, "width": width, "scales": kind}
+        return parameters, {
+            "format": weight.format,
+            "group": weight.group,
+            "width": width,
+            "scales": kind,
+            "zeros": weight.zeros,
+        }
+
+    def _order(self, node: Node | None) -> str:
+        """Return the parameter with the order of a weight's columns, empty if there is none; equal orders share it."""
+        if node is None:
+            return ""
+        weight = self.model.weights[node.name]
+        if weight.order not in self.orders:
+            name = f"{weight.name}:order"
+            self.orders[weight.order] = self._parameter(name, "int32", (weight.shape[1],), Stored(weight, "order"))
+        return self.orders[weight.order]
 
     def _scales_dtype(self, weight: Weight) -> str:
         for node in self.model.placeholders():
@@ -169,26 +187,42 @@ class Lowering:
             self._taken = taken
         return self._taken
 
-    def _quantise(self, node: Node, grouping: layout.Grouping) -> list[str]:
-        """Return the int8 form of ``node``'s value (codes, scales, sums), quantising it unless that was done."""
-        if (node, grouping) not in self.quantised:
-            outputs = self._quantised(node, self._rows(node), grouping)
-            self._call("quantize", {"groups": asdict(grouping)}, [self.names[node]], *outputs)
-        return self.quantised[node, grouping]
+    def _gather(self, node: Node, order: str) -> str:
+        """Return ``node``'s value with its columns in ``order``, taking them unless that was done."""
+        if not order:
+            return self.names[node]
+        if (node, order) not in self.gathered:
+            name = f"{node.name}.{sum(other is node for other, _ in self.gathered)}.columns"
+            out = Value(name, "float32", (self._rows(node), node.meta["val"].shape[1]))
+            self._call("take_columns", {}, [self.names[node], order], out)
+            self.gathered[node, order] = out.name
+        return self.gathered[node, order]
 
-    def _quantised(self, node: Node, rows: str, grouping: layout.Grouping) -> tuple[Value, Value, Value]:
+    def _quantise(self, node: Node, grouping: layout.Grouping, order: str) -> list[str]:
+        """Return the int8 form of ``node``'s value (codes, scales, sums), quantising it unless that was done."""
+        if (node, grouping, order) not in self.quantised:
+            outputs = self._quantised(node, self._rows(node), grouping, order)
+            options = {"groups": asdict(grouping), "order": bool(order)}
+            self._call("quantize", options, [self.names[node], *([order] if order else [])], *outputs)
+        return self.quantised[node, grouping, order]
+
+    def _quantised(
+        self, node: Node, rows: str, grouping: layout.Grouping, order: str = ""
+    ) -> tuple[Value, Value, Value]:
         """Declare the int8 form of ``node``'s value: codes (rows, stored width), scales and sums per group."""
         width = node.meta["val"].shape[1]
+        # Readers that cut it differently, or want its columns in another order, have forms of their own.
+        stem = f"{node.name}.{sum(other is node for other, _, _ in self.quantised)}"
         values = (
-            Value(f"{node.name}.codes", "int8", (rows, grouping.padded_width(width))),
-            Value(f"{node.name}.scales", "float32", (rows, width // grouping.activation)),
-            Value(f"{node.name}.sums", "int32", (rows, grouping.segments(width))),
+            Value(f"{stem}.codes", "int8", (rows, grouping.padded_width(width))),
+            Value(f"{stem}.scales", "float32", (rows, width // grouping.activation)),
+            Value(f"{stem}.sums", "int32", (rows, grouping.segments(width))),
         )
-        self.quantised[node, grouping] = [value.name for value in values]
+        self.quantised[node, grouping, order] = [value.name for value in values]
         return values
 
     def _linear(self, node: Node) -> None:
-        x, matrix, _, _, _, bias = (list(node.args) + [None] * 6)[:6]
+        x, matrix, _, _, columns, bias = (list(node.args) + [None] * 6)[:6]
         weight = self.model.weights[matrix.name]
         rows = self._rows(node)
         users = list(node.users)
@@ -198,12 +232,13 @@ class Lowering:
         out = self._value(f"{node.name}.gated" if gated else node.name, "float32", rows, width)
         extra = [self._vector(bias)] if bias is not None else []
         options = {**options, "gated": gated, "bias": bias is not None}
+        order = self._order(columns)
         integer = len(node.args) > 8 and node.args[8] == "int8"
         if integer:
-            inputs = self._quantise(x, layout.grouping(weight.format, weight.group, weight.shape[1]))
+            inputs = self._quantise(x, layout.activation_cut(weight.format, weight.group, weight.shape[1]), order)
             self._call("linear_int8", options, [*inputs, *parameters, *extra], out)
         else:
-            self._call("linear_float", options, [self.names[x], *parameters, *extra], out)
+            self._call("linear_float", options, [self._gather(x, order), *parameters, *extra], out)
         self.names[node] = out.name
 
     def _swiglu(self, node: Node) -> None:
@@ -216,12 +251,14 @@ class Lowering:
         self.names[node] = out.name
 
     def _grouping(self, node: Node) -> layout.Grouping | None:
-        """Return the grouping if int8 linears that agree on one are all that reads ``node``, else None."""
+        """Return the grouping if int8 linears that agree on one are all that reads ``node``, in order, else None."""
         found = set()
         for user in node.users:
             if user.target is not ark.linear.default or len(user.args) < 9 or user.args[8] != "int8":
                 return None
-            found.add(layout.grouping(user.args[6], user.args[7], node.meta["val"].shape[1]))
+            if user.args[4] is not None:
+                return None
+            found.add(layout.activation_cut(user.args[6], user.args[7], node.meta["val"].shape[1]))
         return found.pop() if len(found) == 1 else None
 
     def _normed(self, node: Node, kernel: str, options: dict[str, Any], inputs: list[Argument], *before: Value) -> None:

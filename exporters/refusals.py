@@ -8,7 +8,7 @@ from arkinfer.config import ModelConfig
 from arkinfer.exporters.base import BuildOptions, StoredMatrix
 from arkinfer.exporters.kernels.tir import attention
 from arkinfer.exporters.kernels.tir.isa import ISAS
-from arkinfer.exporters.kernels.tir.layout import activation_group
+from arkinfer.quant.groups import activation_group
 from arkinfer.targets import Target
 
 LANES = 16  # the kernels work on vectors of 16 values along every inner axis

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,15 @@ from arkinfer.targets import Target
 
 WEIGHTS = "weights-cpu.safetensors"
 PLAN_FORMAT = 1  # of payload/plan.json; the backend refuses any other
+_PRODUCTS = ("linear_int8", "linear_float", "quantize", "take_columns")  # what reads the parameters of linears
 TOOLS = ("apache-tvm", "apache-tvm-ffi", "ziglang")
+# Codes, one a byte, to the bytes of arkinfer.ops.linear.
+_CANONICAL: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "int8": lambda codes: codes,
+    "int4": pack_nibbles,
+    "int2": pack_crumbs,
+    "ternary": pack_crumbs,
+}
 _DTYPES = {"uint8": "U8", "int8": "I8", "float16": "F16", "float32": "F32", "int32": "I32", "uint16": "BF16"}
 
 
@@ -128,10 +136,11 @@ def _repack(packed: Packed, what: Stored, value: Value) -> Iterable[np.ndarray]:
     """Yield one parameter of the program from a canonical weight, some panels at a time."""
     if what.part == "vector":
         return [packed.weight.float().numpy().reshape(-1)]
-    source = packed.scales if what.part == "scales" else packed.weight
-    assert source is not None
+    source: torch.Tensor = getattr(packed, what.part)
     array = source.contiguous().view(torch.uint16).numpy() if source.dtype == torch.bfloat16 else source.numpy()
-    write = pack.vectors if what.part == "scales" else pack.weight
+    if what.part == "order":
+        return [array]
+    write = pack.weight if what.part == "weight" else pack.vectors
     return write(_matrix(what.weight, what.gated), lambda start, stop: array[start:stop])
 
 
@@ -146,6 +155,11 @@ class _ArtifactWeights:
         self._arrays = arrays
         dtypes = {node.name: node.meta["val"].dtype for node in model.placeholders() if node.name in model.weights}
         self._dtypes = {(weight.name, weight.part): dtypes[name] for name, weight in model.weights.items()}
+        self._orders = {
+            weight.order: torch.from_numpy(arrays[name])
+            for weight in model.weights.values()
+            if (name := f"{weight.name}:order") in arrays
+        }
 
     def packed(self, weight: Weight) -> Packed:
         vector = self._arrays.get(f"{weight.name}:vector")
@@ -158,11 +172,13 @@ class _ArtifactWeights:
         if weight.format == "dense":
             kind = self._dtypes[weight.name, "weight"]
             return Packed("dense", 0, (matrix.rows, matrix.width), rows.view(kind) if kind == torch.bfloat16 else rows)
-        repack = {"int8": lambda codes: codes, "int4": pack_nibbles, "ternary": pack_crumbs}[weight.format]
         scales = torch.from_numpy(pack.unpack(matrix, self._arrays[f"{stem}.scales"]))
         kind = self._dtypes[weight.name, "scales"]
         scales = scales.view(kind) if kind == torch.bfloat16 else scales
-        return Packed(weight.format, weight.group, (matrix.rows, matrix.width), repack(rows), scales)
+        zeros = torch.from_numpy(pack.unpack(matrix, self._arrays[f"{stem}.zeros"])) if weight.zeros else None
+        order = self._orders[weight.order] if weight.order else None
+        shape = matrix.rows, matrix.width
+        return Packed(weight.format, weight.group, shape, _CANONICAL[weight.format](rows), scales, zeros, order)
 
 
 def _plan(model: ModelGraph, program: Program, target: Target, options: BuildOptions) -> dict[str, Any]:
@@ -172,7 +188,7 @@ def _plan(model: ModelGraph, program: Program, target: Target, options: BuildOpt
         value.name: tensors.TensorSpec(_DTYPES[value.dtype], tuple(map(int, value.shape))).nbytes
         for value in program.parameters
     }
-    read = {name for call in program.calls if call.kernel.startswith("linear") for name in call.inputs}
+    read = {name for call in program.calls if call.kernel in _PRODUCTS for name in call.inputs}
     matrices = [model.weight_of(node) for node in linears(model)]
     whole = any(call.kernel == "linear_int8" for call in program.calls)
     frequencies = next(iter(model.constants.values())).float().tolist()

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
@@ -14,6 +15,7 @@ from tokenizers import models as tokenizer_models
 from arkinfer import models
 from arkinfer.checkpoint.stored import Layout, Parts, StoredWeight
 from arkinfer.config import ModelConfig
+from arkinfer.quant.packed import Packed, group_extent, pack_crumbs, pack_nibbles
 
 SPARSE = {"kernel_size": 8, "kernel_stride": 4, "block_size": 16, "window_size": 32, "topk": 3, "dense_len": 96}
 SHAPE: dict[str, Any] = {
@@ -105,3 +107,44 @@ class InMemory(StoredWeight):
 
     def rows(self, start: int, stop: int) -> Parts:
         return Parts(self._bits[start:stop])
+
+
+class PackedInMemory(StoredWeight):
+    """A quantised matrix that stands for a weight of a checkpoint."""
+
+    def __init__(self, packed: Packed, order: str = "") -> None:
+        self.packed = packed
+        zeros = packed.zeros is not None
+        self.layout = Layout(packed.format, packed.shape, "F16", packed.group, zeros, order, "test", 0)
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes
+
+    def rows(self, start: int, stop: int) -> Parts:
+        packed = self.packed
+        parts = (packed.weight, packed.scales, packed.zeros)
+        return Parts(*(None if part is None else part[start:stop].numpy() for part in parts))  # type: ignore[arg-type]
+
+    def order(self) -> np.ndarray | None:
+        return None if self.packed.order is None else self.packed.order.numpy()
+
+
+def quantised(
+    dense: torch.Tensor, format: str, group: int, zeros: bool = False, order: torch.Tensor | None = None
+) -> Packed:
+    """Round ``dense`` (N, K) to the nearest codes, over the range of each group, with columns in ``order`` (K,)."""
+    rows, width = dense.shape
+    values = dense.float() if order is None else dense.float()[:, order.long()]
+    grouped = values.reshape(rows, -1, group_extent(group, width))
+    limit = {"int8": 255, "int4": 15, "int2": 3}[format]
+    low, high = grouped.amin(2), grouped.amax(2)
+    if not zeros:
+        high = torch.maximum(high, -low)
+        low = -high * (limit + 1) / (limit - 1)
+    scales = ((high - low) / limit).half()
+    zero = torch.round(-low / scales).clamp(0, limit)
+    codes = torch.round(grouped / scales[:, :, None] + zero[:, :, None]).clamp(0, limit).reshape(rows, width)
+    pack = {"int8": lambda c: (c.int() - 128).to(torch.int8), "int4": pack_nibbles, "int2": pack_crumbs}[format]
+    weight = pack(codes if format == "int8" else codes.to(torch.uint8))
+    return Packed(format, group, (rows, width), weight, scales, zero.to(torch.uint8) if zeros else None, order)

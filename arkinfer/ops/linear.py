@@ -5,21 +5,10 @@ from __future__ import annotations
 import torch
 
 from arkinfer.ops import differentiates
+from arkinfer.quant.groups import activation_group
 from arkinfer.quant.packed import FORMATS, PER_BYTE, Packed, dequantise, group_extent, integers
 
 ACTIVATIONS = ("float", "int8")
-
-
-def activation_group(group: int, width: int) -> int:
-    """Return how many inputs share one activation scale when activations are int8.
-
-    The weight's own group if it holds 16..256 inputs; else the largest divisor of it that is a multiple of 16 and at
-    most 128, so that one 32-bit accumulator never spans weight groups; else one scale for the whole row.
-    """
-    if 16 <= group <= 256:
-        return group
-    extent = group_extent(group, width)
-    return max((size for size in range(16, 129, 16) if extent % size == 0), default=width)
 
 
 def quantise_activations(x: torch.Tensor, extent: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -45,6 +45,7 @@ LIGHT = (
     "arkinfer/cli/",
     "arkinfer/config.py",
     "arkinfer/errors.py",
+    "arkinfer/quant/groups.py",
     "arkinfer/recipe.py",
     "arkinfer/structure.py",
 )

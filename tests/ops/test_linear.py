@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arkinfer.ops.linear import activation_group, cost, linear, quantise_activations, weight_bytes
+from arkinfer.ops.linear import cost, linear, quantise_activations, weight_bytes
+from arkinfer.quant.groups import activation_group
 
 
 def dequantised(format: str, weight, scales, zeros, order, group: int, width: int) -> np.ndarray:  # type: ignore[no-untyped-def]

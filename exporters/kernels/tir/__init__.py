@@ -23,6 +23,7 @@ KERNELS: Mapping[str, str] = {
     "scale": "elementwise:scale",
     "select": "select:select",
     "swiglu": "elementwise:swiglu_float",
+    "take_columns": "elementwise:take_columns",
     "take_rows": "elementwise:take_rows",
 }
 

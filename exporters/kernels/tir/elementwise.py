@@ -1,4 +1,4 @@
-"""Kernels without reductions: swiglu, scaling by a constant, joining, picking rows, changing shape."""
+"""Kernels without reductions: swiglu, scaling by a constant, joining, picking rows or columns, changing shape."""
 
 from __future__ import annotations
 
@@ -79,6 +79,22 @@ def take_rows(isa: Isa, tokens: str) -> Any:
     with source.loop("row", 1 if tokens == "one" else "r"):
         taken = source.let("taken", "rows[row]")
         sweep(source, "K", lambda k, lanes: source.line(f"y[row, {index(k, lanes)}] = x[{taken}, {index(k, lanes)}]"))
+    return source.build()
+
+
+def take_columns(isa: Isa, tokens: str) -> Any:
+    """Return the PrimFunc ``(x, order, y)``: y (n, K) = x[:, order] for x (n, K) float32 and order (K,) int32."""
+    source = Source("take_columns")
+    n = 1 if tokens == "one" else "n"
+    source.buffer("x", (n, "K"), "float32")
+    source.buffer("order", ("K",), "int32")
+    source.buffer("y", (n, "K"), "float32")
+    with each_token(source, tokens) as row:
+
+        def emit(k: str, lanes: int) -> None:
+            source.line(f"y[{row}, {index(k, lanes)}] = x[{row}, order[{index(k, lanes)}]]")
+
+        sweep(source, "K", emit)
     return source.build()
 
 

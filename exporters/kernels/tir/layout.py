@@ -6,9 +6,10 @@ The same for every instruction set and for one token as for many, so one copy of
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from arkinfer.errors import UserError
+from arkinfer.quant.groups import activation_group
 
 PANEL = 16  # rows (outputs) of the weight that are interleaved
 CHUNK = 64  # bytes: four for each row of a panel
@@ -36,6 +37,7 @@ class CodeFormat:
 FORMATS: Mapping[str, CodeFormat] = {
     "int8": CodeFormat(planes=1, bits=8, limit=255, zero=128),
     "int4": CodeFormat(planes=2, bits=4, limit=15, zero=8),
+    "int2": CodeFormat(planes=4, bits=2, limit=3, zero=2),
     "ternary": CodeFormat(planes=4, bits=2, limit=2, zero=1),
 }
 
@@ -72,14 +74,6 @@ class Grouping:
         return self.segments(width) * self.padded
 
 
-def activation_group(group: int, width: int) -> int:
-    """Return how many inputs share one activation scale; the rule of arkinfer.ops.linear."""
-    if 16 <= group <= 256:
-        return group
-    extent = group or width
-    return max((size for size in range(16, 129, 16) if extent % size == 0), default=width)
-
-
 def grouping(format: str, group: int, width: int) -> Grouping:
     """Return how rows of ``width`` inputs are cut for a weight with ``group`` inputs a scale (0: the row)."""
     inputs = code_format(format).inputs
@@ -95,6 +89,11 @@ def grouping(format: str, group: int, width: int) -> Grouping:
         per_weight=extent // segment if group else 0,
         per_activation=activation // segment,
     )
+
+
+def activation_cut(format: str, group: int, width: int) -> Grouping:
+    """Return ``grouping`` without what only the weight knows: equal for weights that read the same rounded inputs."""
+    return replace(grouping(format, group, width), per_weight=0)
 
 
 def panels(rows: int) -> int:

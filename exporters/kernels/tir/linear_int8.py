@@ -143,12 +143,14 @@ class _Kernel:
         """Return what a sum starts from: minus the zero point times the sum of the activations."""
         lanes = self.isa.lanes
         negative = f"(0 - xsum[{row}, segment])"
+        shift = 128 if self.codes.limit == 255 and self.isa.signed_bytes else 0  # what ``_planes`` took from the codes
         if self.zeros:
             place = f"{panel}, {self._weight_group()}, {ramp(str(part * lanes), lanes)}"
-            return f"{cast(f'int32x{lanes}', f'zeros[{place}]')} * {splat(negative, lanes)}"
-        if self.codes.limit == 255 and self.isa.signed_bytes:
-            return integer(0, lanes)
-        return splat(f"{negative} * {self.codes.zero}", lanes)
+            zero = cast(f"int32x{lanes}", f"zeros[{place}]")
+            zero = f"({zero} - {integer(shift, lanes)})" if shift else zero
+            return f"{zero} * {splat(negative, lanes)}"
+        common = self.codes.zero - shift
+        return splat(f"{negative} * {common}", lanes) if common else integer(0, lanes)
 
     def _whole(self, sums: Sequence[str], alone: bool) -> str:
         """Return the sum of the partial sums, each shifted back to its place."""

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import tvm
 
-from arkinfer.exporters.kernels.tir.isa import ISAS, Isa
+from arkinfer.exporters.kernels.tir.isa import AARCH64_DOTPROD, ISAS, Isa
+from arkinfer.exporters.kernels.tir.source import add, bits, integer
 from arkinfer.targets.probe import isa_levels
 
 # Read when the pool starts: threads that spin for work slow each other down where tests share few cores.
@@ -20,10 +21,26 @@ os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "0")
 RUNNABLE = [name for name in ISAS if name in isa_levels()]
 
 
+class _Arithmetic(Isa):
+    """A level of 4 lanes whose dot product is spelled out: what kernels do around that of aarch64, run anywhere."""
+
+    def dot(self, accumulator: str, pairs: Sequence[tuple[str, str]], limit: int) -> str:
+        def signed(value: str, place: int) -> str:
+            moved = f"T.shift_left({bits('int32x4', value)}, {integer(24 - 8 * place, 4)})"
+            return f"T.shift_right({moved}, {integer(24, 4)})"
+
+        products = [f"{signed(codes, place)} * {signed(x, place)}" for codes, x in pairs for place in range(4)]
+        return add(accumulator, *products)
+
+
+EMULATED = "aarch64-arithmetic"
+_LEVELS = {**ISAS, EMULATED: _Arithmetic(**{**vars(AARCH64_DOTPROD), "name": EMULATED, "target": {"kind": "llvm"}})}
+
+
 @functools.cache
 def _compiled(builder: Callable[..., Any], isa: str, tokens: str, options: str) -> Any:
-    kernel = builder(ISAS[isa], tokens, **json.loads(options)).with_attr("global_symbol", "main")
-    return tvm.compile(tvm.IRModule({"main": kernel}), target=tvm.target.Target(dict(ISAS[isa].target)))
+    kernel = builder(_LEVELS[isa], tokens, **json.loads(options)).with_attr("global_symbol", "main")
+    return tvm.compile(tvm.IRModule({"main": kernel}), target=tvm.target.Target(dict(_LEVELS[isa].target)))
 
 
 def compiled(builder: Callable[..., Any], isa: Isa, tokens: str, options: Mapping[str, Any]) -> Any:
@@ -48,5 +65,5 @@ def run(
 ) -> list[np.ndarray]:
     """Run a kernel and return its outputs, which start out as garbage."""
     made = [aligned(np.full(shape, 77, dtype)) for shape, dtype in outputs]
-    compiled(builder, ISAS[isa], tokens, options)["main"](*map(aligned, inputs), *made)
+    compiled(builder, _LEVELS[isa], tokens, options)["main"](*map(aligned, inputs), *made)
     return [tensor.numpy() for tensor in made]

@@ -78,14 +78,15 @@ def sample(case: Case, seed: int = 0, unit_scales: bool = False) -> Sample:
     codes = random.integers(0, limit + 1, (case.rows, case.width))
     codes = np.where(random.random(codes.shape) < 0.3, random.choice([0, limit], codes.shape), codes)
     groups = case.matrix.groups
-    zeros = random.integers(0, 16, (case.rows, groups), dtype=np.uint8)
+    form = layout.code_format(case.format)
+    zeros = random.integers(0, 1 << form.bits, (case.rows, groups), dtype=np.uint8)
     scales = np.ones((case.rows, groups)) if unit_scales else random.uniform(0.01, 0.1, (case.rows, groups))
     stored, exact = stored_floats(scales, case.scales)
     bias = random.standard_normal(case.rows if case.bias else 0).astype(np.float32)
     if case.zeros:
         integers = codes - np.repeat(zeros.astype(np.int64), case.width // groups, axis=1)
     else:
-        integers = codes - {"int8": 128, "int4": 8, "ternary": 1}[case.format]
+        integers = codes - {"int8": 128, "int4": 8, "int2": 2, "ternary": 1}[case.format]
     canonical = canonical_bytes(case.format, codes)
     packed = [np.concatenate(list(pack.weight(case.matrix, lambda first, last: canonical[first:last])))]
     packed.append(np.concatenate(list(pack.vectors(case.matrix, lambda first, last: stored[first:last]))))
@@ -100,7 +101,7 @@ def canonical_bytes(format: str, codes: np.ndarray) -> np.ndarray:
     """Return unsigned codes (N, K) as arkinfer.ops.linear stores them."""
     if format == "int8":
         return (codes - 128).astype(np.int8)
-    per_byte = {"int4": 2, "ternary": 4}[format]
+    per_byte = {"int4": 2, "int2": 4, "ternary": 4}[format]
     padded = np.pad(codes, ((0, 0), (0, -codes.shape[1] % per_byte))).astype(np.uint8)
     total = np.zeros((codes.shape[0], padded.shape[1] // per_byte), np.uint8)
     for index in range(per_byte):

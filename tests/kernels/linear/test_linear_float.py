@@ -19,6 +19,9 @@ PACKED = [
     Case("int4", 512, 1024, 48, gated=True),
     Case("int8", 128, 256, 45, scales="float32"),
     Case("int8", 8, 24, 5),
+    Case("int8", 32, 96, 37, zeros=True),
+    Case("int2", 16, 64, 33, zeros=True),
+    Case("int2", 0, 50, 20),
 ]
 DENSE = [
     ("float32", 50, 37, False, False),

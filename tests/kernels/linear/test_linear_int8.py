@@ -11,7 +11,7 @@ import tvm_ffi
 from arkinfer.errors import UserError
 from arkinfer.exporters.kernels.tir.isa import AARCH64_DOTPROD
 from arkinfer.exporters.kernels.tir.linear_int8 import linear_int8
-from tests.kernels.linear.kernel_runner import RUNNABLE, compiled, run
+from tests.kernels.linear.kernel_runner import EMULATED, RUNNABLE, compiled, run
 from tests.kernels.linear.samples import Case, activations, sample
 
 CASES = [
@@ -29,6 +29,12 @@ CASES = [
     Case("int8", 64, 64, 17, bias=True),
     Case("int8", 0, 96, 64, gated=True),
     Case("int8", 8, 24, 5, scales="float32"),
+    Case("int8", 32, 96, 37, zeros=True),
+    Case("int8", 0, 50, 21, zeros=True, bias=True),
+    Case("int2", 64, 192, 37),
+    Case("int2", 16, 64, 33, zeros=True),
+    Case("int2", 0, 50, 20, zeros=True),
+    Case("int2", 128, 256, 70, zeros=True, gated=True),
 ]
 
 
@@ -79,17 +85,29 @@ def test_integers_are_exact(isa: str, case: Case) -> None:
     np.testing.assert_array_equal(product(case, isa, 17, unit_scales=True), exact.astype(np.float32))
 
 
+@pytest.mark.parametrize("case", [CASES[6], CASES[10], CASES[14], CASES[18]], ids=str)
+@pytest.mark.parametrize("form", ["one", "many"])
+def test_kernels_of_narrow_registers_are_exact(case: Case, form: str) -> None:
+    tokens = 1 if form == "one" else 5
+    exact = activations(case, tokens)[0] @ sample(case).integers.T
+    np.testing.assert_array_equal(product(case, EMULATED, tokens, form, unit_scales=True), exact.astype(np.float32))
+
+
+@pytest.mark.parametrize("format", ["int8", "int4", "int2"])
 @pytest.mark.parametrize("isa", RUNNABLE)
-def test_bytes_at_their_limits_do_not_saturate(isa: str) -> None:
-    case = Case("int8", 128, 256, 45)
+def test_codes_at_their_limits_do_not_saturate(isa: str, format: str) -> None:
+    case = Case(format, 128, 256, 45)
     weight, (_, scales, _) = sample(case, unit_scales=True), activations(case, 2, unit_scales=True)[1]
-    worst = weight.packed[0] * 0  # every code -128
     x = np.full((2, 256), -127, np.int8)
     x[1] = 127
     sums = x.reshape(2, 2, 128).sum(axis=2, dtype=np.int32)
-    inputs = [x, scales, sums, worst, weight.packed[1]]
-    y = run(linear_int8, isa, "many", case.options, inputs, [((2, 45), "float32")])[0]
-    np.testing.assert_array_equal(y, np.repeat([[128.0 * 127 * 256], [-128.0 * 127 * 256]], 45, axis=1))
+    zero = {"int8": 128, "int4": 8, "int2": 2}[format]
+    for byte, code in ((0, 0), (255, 2 * zero - 1)):
+        worst = np.full_like(weight.packed[0], byte)
+        inputs = [x, scales, sums, worst, weight.packed[1]]
+        y = run(linear_int8, isa, "many", case.options, inputs, [((2, 45), "float32")])[0]
+        exact = (code - zero) * 127.0 * 256
+        np.testing.assert_array_equal(y, np.repeat([[-exact], [exact]], 45, axis=1))
 
 
 @pytest.mark.parametrize("isa", RUNNABLE)
@@ -107,13 +125,13 @@ def test_threads_do_not_change_a_bit(isa: str) -> None:
 
 def test_levels_agree_bitwise() -> None:
     # Sums are exact integers and the few float steps are the same everywhere.
-    for case in (CASES[0], CASES[6], CASES[10]):
+    for case in (CASES[0], CASES[6], CASES[10], CASES[14], CASES[17]):
         results = [product(case, isa, 5) for isa in RUNNABLE]
         for other in results[1:]:
             np.testing.assert_array_equal(results[0], other)
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[6], CASES[10]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[6], CASES[10], CASES[14], CASES[17]], ids=str)
 @pytest.mark.parametrize("form", ["one", "many"])
 def test_aarch64_uses_its_dot_product(case: Case, form: str) -> None:
     assembly = compiled(linear_int8, AARCH64_DOTPROD, form, case.options).mod.inspect_source("s")

@@ -17,6 +17,8 @@ CASES = [
     Case("ternary", 24, 72, 33),
     Case("ternary", 0, 50, 36, gated=True),
     Case("int4", 8, 64, 37),
+    Case("int2", 24, 72, 33),
+    Case("int2", 0, 50, 36, gated=True),
     Case("int8", 128, 256, 70, gated=True),
     Case("int4", 64, 192, 70, gated=True),
     Case("ternary", 128, 256, 33),
@@ -49,6 +51,16 @@ def test_words_and_single_codes_are_packed_alike(case: Case, monkeypatch: pytest
     )
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float16", "float32"])
+def test_scales_and_zeros_come_back(dtype: str, gated: bool) -> None:
+    matrix = pack.Matrix("int4", 74, 96, 32, gated)
+    values = np.random.default_rng(0).integers(0, 200, (74, 3)).astype(dtype)
+    panels = np.concatenate(list(pack.vectors(matrix, lambda first, last: values[first:last])))
+    assert panels.shape == (matrix.panels, 3, 16) and panels.dtype == values.dtype
+    np.testing.assert_array_equal(pack.unpack(matrix, panels), values)
+
+
 def test_gate_and_up_panels_alternate() -> None:
     matrix = pack.Matrix("dense", 40, 3, gated=True)
     rows = np.arange(120, dtype=np.float32).reshape(40, 3)
@@ -63,7 +75,14 @@ def test_gate_and_up_panels_alternate() -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [Case("int8", 128, 256, 37), Case("int4", 40, 120, 20, zeros=True), Case("ternary", 24, 72, 33, scales="bfloat16")],
+    [
+        Case("int8", 128, 256, 37),
+        Case("int8", 32, 96, 21, zeros=True),
+        Case("int4", 40, 120, 20, zeros=True),
+        Case("int2", 16, 48, 19, zeros=True),
+        Case("int2", 0, 50, 20),
+        Case("ternary", 24, 72, 33, scales="bfloat16"),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("isa", RUNNABLE)

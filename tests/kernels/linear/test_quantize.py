@@ -12,7 +12,7 @@ from arkinfer.exporters.kernels.tir import layout
 from arkinfer.exporters.kernels.tir.elementwise import reshape, scale, swiglu_float, take_rows
 from arkinfer.exporters.kernels.tir.norm import add_rms_norm, rms_norm
 from arkinfer.exporters.kernels.tir.quantize import quantize, swiglu_quantize
-from arkinfer.ops.linear import activation_group, quantise_activations
+from arkinfer.ops.linear import quantise_activations
 from tests.kernels.linear.kernel_runner import RUNNABLE, run
 
 SHAPES = [("ternary", 64, 192), ("ternary", 24, 72), ("int4", 8, 64), ("ternary", 0, 50), ("int4", 256, 1024)]
@@ -103,9 +103,3 @@ def test_elementwise(isa: str) -> None:
     )
     rows = np.array([4, 0, 4], np.int32)
     np.testing.assert_array_equal(run(take_rows, isa, "many", {}, [flat, rows], [((3, 78), "float32")])[0], flat[rows])
-
-
-@pytest.mark.parametrize("group", [0, 8, 16, 24, 64, 128, 256, 384, 512])
-@pytest.mark.parametrize("width", [1536, 4608])
-def test_activation_groups_are_those_of_the_operator(group: int, width: int) -> None:
-    assert layout.activation_group(group, width) == activation_group(group, width)
