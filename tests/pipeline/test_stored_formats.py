@@ -13,8 +13,10 @@ from arkinfer import exporters, pipeline
 from arkinfer.checkpoint import Checkpoint, open_checkpoint
 from arkinfer.exporters.base import BuildOptions
 from arkinfer.exporters.lowering import Lowering
-from arkinfer.graph import Weight
+from arkinfer.graph import ModelGraph, Weight
+from arkinfer.passes import formats
 from arkinfer.quant.packed import dense, dequantise
+from arkinfer.recipe import Recipe, choose
 from arkinfer.weights import CheckpointWeights
 from tests.checkpoints import CONFIGS, PackedInMemory, quantised, write_checkpoint
 
@@ -91,7 +93,7 @@ def test_integers_of_the_checkpoint_run_as_they_are(
     assert parity["path"] == ("int8" if activations == "int8" else "float")
 
     manifest = artifact.manifest
-    recipe = pipeline.formats.Recipe.from_dict(manifest.weights, manifest.activations, manifest.model["recipe"])
+    recipe = Recipe.from_dict(manifest.weights, manifest.activations, manifest.model["recipe"])
     graph = pipeline.lower(checkpoint.config, manifest.context, recipe, recipe.layouts, manifest.kv).graph
     unpacked = exporters.get("tvm").weights(graph, artifact.file)
     packed = CheckpointWeights(checkpoint)
@@ -128,8 +130,8 @@ def test_an_input_is_gathered_once_for_each_order(
 ) -> None:
     checkpoint = stored(folders["llama"], scheme)
 
-    def recipe(graph: pipeline.ModelGraph) -> pipeline.formats.Recipe:
-        return pipeline.formats.choose("auto", "int8", graph, checkpoint, activations)
+    def recipe(graph: ModelGraph) -> Recipe:
+        return choose("auto", "int8", formats.body(graph), checkpoint.weights, checkpoint, activations)
 
     lowered = pipeline.lower(checkpoint.config, 1024, recipe, checkpoint.layouts(), "fp16")
     program = Lowering(lowered.graph, BuildOptions("fp16", "auto", 1024)).run()
