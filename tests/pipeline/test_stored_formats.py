@@ -86,7 +86,7 @@ def test_integers_of_the_checkpoint_run_as_they_are(
     activations: str,
 ) -> None:
     checkpoint = stored(folders[family], scheme)
-    monkeypatch.setattr(pipeline, "open_checkpoint", lambda model: checkpoint)
+    monkeypatch.setattr(pipeline, "open_checkpoint", lambda *_, **__: checkpoint)
     artifact = pipeline.build(folders[family], out=tmp_path / "out.ark", kv=kv, activations=activations)
     parity = artifact.manifest.parity
     assert parity is not None and parity["passed"]
