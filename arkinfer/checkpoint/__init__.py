@@ -7,6 +7,7 @@ from pathlib import Path
 from arkinfer.checkpoint import hub
 from arkinfer.checkpoint.base import Checkpoint
 from arkinfer.checkpoint.folder import NO_PICKLE, PICKLES, FolderCheckpoint
+from arkinfer.checkpoint.gguf import GgufCheckpoint
 from arkinfer.errors import UserError, nearest
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
@@ -22,10 +23,11 @@ def bundled_models() -> list[str]:
 def open_checkpoint(
     model: str | Path, revision: str | None = None, offline: bool = False, headers_only: bool = False
 ) -> Checkpoint:
-    """Open a checkpoint folder, a bundled model by name, or ``owner/name`` or ``owner/name@revision`` of the hub.
+    """Open a checkpoint folder, a .gguf file, a bundled model by name, or a model of the hub.
 
-    A folder of that name goes before the hub. ``offline``: only what was fetched before is used. ``headers_only``:
-    weights that are not here are not fetched, and reading their rows raises UserError.
+    The hub's are named ``owner/name`` or ``owner/name@revision``; a folder of that name goes before. ``offline``: only
+    what was fetched before is used. ``headers_only``: weights that are not here are not fetched, and reading their rows
+    raises UserError.
 
     Raises UserError when the checkpoint, its config or its weights are missing or malformed.
     """
@@ -39,6 +41,8 @@ def open_checkpoint(
         )
     if path.is_dir():
         return FolderCheckpoint(path)
+    if path.suffix == ".gguf" and path.is_file():
+        return GgufCheckpoint(path)
     if path.exists():
         raise UserError(
             f"{path.name} is a file",

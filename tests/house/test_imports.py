@@ -28,6 +28,7 @@ LIBRARIES = {
     "targets": {"yaml"},
 }
 OWNERS = {
+    "arkinfer/checkpoint/gguf_blocks.py": {"gguf"},
     "arkinfer/checkpoint/hub.py": {"huggingface_hub"},
     "arkinfer/pipeline.py": {"tokenizers"},  # asks whether a tokenizer adds BOS itself
     "backends/tvm.py": {"tvm_ffi"},
