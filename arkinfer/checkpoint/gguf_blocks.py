@@ -86,7 +86,8 @@ def _permuted(rows: np.ndarray, extent: int) -> np.ndarray:
     """
     head, row = np.divmod(rows, extent)
     half, place = np.divmod(row, extent // 2)
-    return head * extent + 2 * place + half
+    places: np.ndarray = head * extent + 2 * place + half
+    return places
 
 
 def _q4_0(codes: np.ndarray) -> np.ndarray:
