@@ -99,7 +99,7 @@ class CpuOutline:
         self, config: ModelConfig, weights: Iterable[StoredMatrix], target: Target, options: BuildOptions
     ) -> list[str]:
         """Return why the kernels cannot run a model; empty if they can."""
-        return refusals.reasons(config, weights, target, options)
+        return refusals.reasons(config, target)
 
     def parameters(self, weight: StoredMatrix, dtype: str, zeros: bool, gated: bool) -> Mapping[str, TensorSpec]:
         """Return the tensors that hold one matrix."""

@@ -59,8 +59,7 @@ class TvmExporter:
 
     def support(self, model: ModelGraph, target: Target, options: BuildOptions) -> list[str]:
         """Return why the CPU kernels cannot run ``model``; empty if they can."""
-        weights = [model.weight_of(node) for node in linears(model)]
-        return refusals.reasons(model.config, weights, target, options)
+        return refusals.reasons(model.config, target)
 
     def export(
         self,

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from arkinfer.errors import UnsupportedError
 from arkinfer.graph import ModelGraph, Node, Weight
 from arkinfer.quant.packed import DTYPES, PER_BYTE, group_extent
 from arkinfer.recipe import Recipe, Storage
@@ -75,6 +76,13 @@ def assign(model: ModelGraph, recipe: Recipe) -> ModelGraph:
     for node in [node for node in graph.nodes if node.target is aten.embedding.default]:
         table, tokens = node.args[:2]
         weight, parts = placeholders(table, recipe.storage(model.weights[table.name], table=True))
+        if weight.order:
+            raise UnsupportedError(
+                "the embedding table is stored with permuted columns",
+                facts={"tensor": weight.name},
+                hint="--weights fp16 multiplies it out",
+                code="ARK-E314",
+            )
         with graph.inserting_before(node):
             replacement = model.call(ark.embedding.default, (tokens, *parts[:3], weight.format, weight.group, 1.0))
         node.replace_all_uses_with(replacement)

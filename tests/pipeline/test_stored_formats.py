@@ -11,6 +11,7 @@ import torch
 
 from arkinfer import exporters, pipeline
 from arkinfer.checkpoint import Checkpoint, open_checkpoint
+from arkinfer.errors import UnsupportedError
 from arkinfer.exporters.base import BuildOptions
 from arkinfer.exporters.lowering import Lowering
 from arkinfer.graph import ModelGraph, Weight
@@ -40,6 +41,14 @@ MIXED: Scheme = {  # siblings that cannot be joined, two orders of one input, ev
     "lm_head.weight": ("int2", 128, True, "head"),
 }
 
+ODD: Scheme = {  # groups and widths that no vector register divides
+    "*.o_proj.weight": ("int4", 8, True, "o"),
+    "*.self_attn.*.weight": ("int4", 40, True, "attention"),
+    "*.down_proj.weight": ("int2", 8, True, "down"),
+    "*.mlp.*.weight": ("int8", 24, True, ""),
+}
+ODD_WIDTHS = {**CONFIGS["llama"], "hidden_size": 120, "intermediate_size": 184, "num_hidden_layers": 1}
+
 
 def stored(folder: Path, scheme: Scheme) -> Checkpoint:
     """Return the checkpoint in ``folder`` with the matrices that ``scheme`` names quantised."""
@@ -61,7 +70,8 @@ def stored(folder: Path, scheme: Scheme) -> Checkpoint:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("stored")
-    return {family: write_checkpoint(root / family, CONFIGS[family]) for family in ("llama", "minicpm")}
+    shapes = {"llama": CONFIGS["llama"], "minicpm": CONFIGS["minicpm"], "odd": ODD_WIDTHS}
+    return {name: write_checkpoint(root / name, raw) for name, raw in shapes.items()}
 
 
 def matrices(weights: dict[str, Weight]) -> list[Weight]:
@@ -69,25 +79,26 @@ def matrices(weights: dict[str, Weight]) -> list[Weight]:
 
 
 @pytest.mark.parametrize(
-    ("family", "scheme", "kv", "activations"),
+    ("model", "scheme", "kv", "activations"),
     [
         ("llama", ASYMMETRIC, "fp16", "int8"),
         ("minicpm", MIXED, "fp16", "int8"),
         ("llama", MIXED, "fp32", "float"),
+        ("odd", ODD, "fp16", "int8"),
     ],
 )
 def test_integers_of_the_checkpoint_run_as_they_are(
     folders: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    family: str,
+    model: str,
     scheme: Scheme,
     kv: str,
     activations: str,
 ) -> None:
-    checkpoint = stored(folders[family], scheme)
+    checkpoint = stored(folders[model], scheme)
     monkeypatch.setattr(pipeline, "open_checkpoint", lambda *_, **__: checkpoint)
-    artifact = pipeline.build(folders[family], out=tmp_path / "out.ark", kv=kv, activations=activations)
+    artifact = pipeline.build(folders[model], out=tmp_path / "out.ark", kv=kv, activations=activations)
     parity = artifact.manifest.parity
     assert parity is not None and parity["passed"]
     assert parity["path"] == ("int8" if activations == "int8" else "float")
@@ -140,3 +151,14 @@ def test_an_input_is_gathered_once_for_each_order(
     assert len(calls) - head == gathers * checkpoint.config.layers
     values = [output.name for call in program.calls for output in call.outputs]
     assert len(set(values)) == len(values)
+
+
+def test_a_table_with_permuted_columns_is_refused(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = stored(folders["llama"], {"model.embed_tokens.weight": ("int4", 32, True, "table")})
+    monkeypatch.setattr(pipeline, "open_checkpoint", lambda *_, **__: checkpoint)
+    with pytest.raises(UnsupportedError, match="permuted columns") as caught:
+        pipeline.build(folders["llama"], out=tmp_path / "out.ark")
+    assert caught.value.hint == "--weights fp16 multiplies it out"
+    assert not (tmp_path / "out.ark").exists()

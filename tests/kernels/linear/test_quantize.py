@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from arkinfer.exporters.kernels.tir import layout
-from arkinfer.exporters.kernels.tir.elementwise import reshape, scale, swiglu_float, take_rows
+from arkinfer.exporters.kernels.tir.elementwise import (
+    concatenate,
+    reshape,
+    scale,
+    swiglu_float,
+    take_columns,
+    take_rows,
+)
 from arkinfer.exporters.kernels.tir.norm import add_rms_norm, rms_norm
 from arkinfer.exporters.kernels.tir.quantize import quantize, swiglu_quantize
 from arkinfer.ops.linear import quantise_activations
@@ -103,3 +110,16 @@ def test_elementwise(isa: str) -> None:
     )
     rows = np.array([4, 0, 4], np.int32)
     np.testing.assert_array_equal(run(take_rows, isa, "many", {}, [flat, rows], [((3, 78), "float32")])[0], flat[rows])
+    order = np.random.default_rng(6).permutation(78).astype(np.int32)
+    columns = run(take_columns, isa, "many", {}, [flat, order], [((5, 78), "float32")])[0]
+    np.testing.assert_array_equal(columns, flat[:, order])
+
+
+@isas
+@forms
+@pytest.mark.parametrize("widths", [(37, 5, 64), (1, 16), (48,)])
+def test_concatenation(isa: str, form: str, widths: tuple[int, ...]) -> None:
+    tokens = 1 if form == "one" else 3
+    pieces = [random(tokens, width) + number for number, width in enumerate(widths)]
+    joined = run(concatenate, isa, form, {"widths": list(widths)}, pieces, [((tokens, sum(widths)), "float32")])[0]
+    np.testing.assert_array_equal(joined, np.concatenate(pieces, axis=1))
