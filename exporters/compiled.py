@@ -16,7 +16,7 @@ from pathlib import Path
 
 from arkinfer.artifact import verified
 
-LARGEST = 200  # entries kept; the oldest go first
+LARGEST = 200  # libraries kept; the oldest go first
 
 
 @cache
@@ -39,9 +39,9 @@ def _folder() -> Path:
     return verified.folder().parent / "compiled"
 
 
-def fetch(name: str, out: Path) -> bool:
-    """Copy the library called ``name`` to ``out`` if it is kept and whole; return whether it was."""
-    file = _folder() / f"{name}.so"
+def fetch(name: str, out: Path, suffix: str = ".so") -> bool:
+    """Copy the file called ``name`` to ``out`` if it is kept and whole; return whether it was."""
+    file = _folder() / f"{name}{suffix}"
     try:
         status = file.parent.lstat()
         if status.st_uid != os.geteuid() or status.st_mode & 0o022:
@@ -58,8 +58,11 @@ def fetch(name: str, out: Path) -> bool:
     return True
 
 
-def keep(name: str, library: Path) -> None:
-    """Keep a copy of ``library`` under ``name``; a cache that cannot be written is no error."""
+def keep(name: str, library: Path, suffix: str = ".so", largest: int = LARGEST) -> None:
+    """Keep a copy of ``library`` under ``name``, and the ``largest`` newest of its suffix.
+
+    A cache that cannot be written is no error.
+    """
     folder = _folder()
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -67,10 +70,10 @@ def keep(name: str, library: Path) -> None:
         with tempfile.TemporaryDirectory(dir=folder) as staging:
             copy = Path(staging) / "library"
             shutil.copyfile(library, copy)
-            os.replace(copy, folder / f"{name}.so")
+            os.replace(copy, folder / f"{name}{suffix}")
             copy.write_text(digest, encoding="ascii")
             os.replace(copy, folder / f"{name}.sha256")
-        entries = sorted(folder.glob("*.so"), key=lambda file: file.stat().st_mtime)
-        for old in entries[:-LARGEST]:
+        entries = sorted(folder.glob(f"*{suffix}"), key=lambda file: file.stat().st_mtime)
+        for old in entries[:-largest]:
             old.unlink(missing_ok=True)
             old.with_suffix(".sha256").unlink(missing_ok=True)

@@ -36,6 +36,12 @@ OWNERS = {
     "exporters/lowering.py": {"torch"},  # walks the graph, which is torch.fx's
     "exporters/relax.py": {"tvm", "ziglang"},
     "exporters/kernels/tir/source.py": {"tvm"},
+    "exporters/kernels/triton/device/language.py": {"triton"},
+    # Layouts and references of the CUDA kernels are plain torch; their code is not, and no exporter loads it.
+    **{
+        f"exporters/kernels/triton/{name}.py": {"torch"}
+        for name in ("append", "attention", "elementwise", "embedding", "layout", "linear", "norm", "sampling")
+    },
 }
 # Torch-free parts of `arkinfer/`: loaded by `import arkinfer`, every --help, and on devices.
 LIGHT = (

@@ -13,7 +13,7 @@ from arkinfer.ops.attention import quantise_rows
 
 @dataclass(frozen=True)
 class Append:
-    """``kv`` is float16 or int8; ``norm_eps`` normalises q and k first, over head_dim; ``nope`` keeps them unrotated too.
+    """``kv`` is float16 or int8; ``norm_eps`` normalises q and k first; ``nope`` keeps them as they were too.
 
     ``context`` is the capacity of the caches and the length of the tables.
     """
@@ -68,8 +68,8 @@ def _reference(options: Append, arguments: Mapping[str, torch.Tensor], n: int, r
     heads, kv_heads = options.heads, options.kv_heads
     start = int(arguments["control"][0])
     span = slice(start, start + n)
-    parts = arguments["qkv"].float().unflatten(1, (-1, options.head_dim))  # (n, heads + 2 * kv_heads, head_dim)
-    q, k, v = parts.split([heads, kv_heads, kv_heads], dim=1)
+    parts = arguments["qkv"].float().view(n, -1, options.head_dim)  # (n, heads + 2 * kv_heads, head_dim)
+    q, k, v = parts[:, :heads], parts[:, heads:-kv_heads], parts[:, -kv_heads:]
     if options.norm_eps is not None:
         q, k = (
             torch.nn.functional.rms_norm(part, (options.head_dim,), arguments[f"{name}_norm"], options.norm_eps)

@@ -116,7 +116,11 @@ def _combine_variant(options: Attention, arch: str) -> Variant:
 def _prefill_variant(options: Attention, arch: str) -> Variant:
     # Tile rows are (token, head of the group); 64 of them.
     tokens = max(1, 64 // power_of_two(options.group))
-    constants = _constants(options) | {"TOKENS": tokens, "GROUP_TILE": power_of_two(options.group)}
+    constants = _constants(options) | {
+        "BUDGET": options.budget,
+        "TOKENS": tokens,
+        "GROUP_TILE": power_of_two(options.group),
+    }
     return Variant(constants, (f"(n + {tokens - 1}) // {tokens}", str(options.kv_heads), "1"), 4, 2)
 
 

@@ -72,7 +72,7 @@ def check_group(format: str, group: int, width: int) -> None:
 
 
 def pack(packed: Packed) -> dict[str, torch.Tensor]:
-    """Return ``weight``, and ``scales``, ``zeros`` and ``order`` where it has them, of some rows as the kernels read them.
+    """Return ``weight``, and ``scales``, ``zeros`` and ``order`` where it has them, for the kernels, rows to rows.
 
     weight is int32 (rows, words), or the floats of a dense weight; the others keep shape and dtype.
     """

@@ -5,12 +5,13 @@ Codes stay exact integers in the product; scales multiply its float32 sums, grou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from arkinfer.exporters.kernels.triton import layout
+from arkinfer.exporters.kernels.triton import layout, tuning
 from arkinfer.exporters.kernels.triton.kernel import Argument, Kernel, Variant, ceil_div, power_of_two, rows_grid
 
 
@@ -110,6 +111,11 @@ def _constants(options: Linear) -> dict[str, int | float | bool | str]:
     }
 
 
+def _shared(options: Linear, planes: int) -> int:
+    """Return how many consecutive planes (16 inputs each) share a scale wherever they lie among ``planes``."""
+    return math.gcd(options.group // layout.WORDS, planes) if options.group else planes
+
+
 def _gemv_variant(options: Linear, arch: str) -> Variant:
     """A warp reads a tile of 512 bytes of each row, 16 a lane: as many warps as a row fills, up to eight."""
     per_lane = 8 if options.format == "dense" else 4  # elements of a 128-bit load
@@ -118,24 +124,22 @@ def _gemv_variant(options: Linear, arch: str) -> Variant:
     # Rows per block share the loads of x; few rows leave more blocks, which small matrices need to fill the device.
     tile = 4 if options.rows >= 4096 else 2
     constants = _constants(options) | {"TILE": tile, "STEP": 32 * per_lane * warps}
+    constants["SHARED"] = _shared(options, int(constants["PLANES"]))
     outputs = tile // 2 if options.gated else tile
     return Variant(constants, (str(ceil_div(options.columns, outputs)), "1", "1"), warps, 1)
 
 
 def _gemm_variant(options: Linear, arch: str) -> Variant:
     few = options.count != "n"  # the head's rows, or a few tokens to verify
-    tile_m, tile_n, warps = (16, 64, 4) if few else (64, 128, 4)
-    inputs = layout.FORMATS[options.format].inputs if options.format != "dense" else 64
-    # A step never crosses a scale group; whole planes of 16 inputs.
-    step = min(64, inputs)
-    while options.group and options.group % step:
-        step //= 2
-    constants = _constants(options) | {"TILE_M": tile_m, "TILE_N": tile_n, "STEP": step}
+    tile_m, tile_n, warps = (16, 64, 4) if few else tuning.GEMM[arch]
+    constants = _constants(options) | {"TILE_M": tile_m, "TILE_N": tile_n, "STEP": 64}
+    # Half a chunk at a time where a whole one (256 inputs) would fill the shared memory with x.
+    constants["TAKEN"] = min(8, int(constants["PLANES"]))
+    constants["SHARED"] = _shared(options, int(constants["TAKEN"]))
     outputs = tile_n // 2 if options.gated else tile_n
     # Tiles of the same weights are neighbours, so that they are read from memory once.
-    return Variant(
-        constants, (rows_grid(options.count, tile_m), str(ceil_div(options.columns, outputs)), "1"), warps, 2
-    )
+    grid = (rows_grid(options.count, tile_m), str(ceil_div(options.columns, outputs)), "1")
+    return Variant(constants, grid, warps, 3)
 
 
 def _reference(options: Linear, arguments: Mapping[str, torch.Tensor], n: int, r: int) -> None:

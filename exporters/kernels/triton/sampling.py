@@ -36,7 +36,8 @@ def _partial_variant(options: Vocabulary, arch: str) -> Variant:
 
 
 def _partial_reference(options: Vocabulary, arguments: Mapping[str, torch.Tensor], n: int, r: int) -> None:
-    for part, logits in enumerate(arguments["logits"][0].split(PART)):
+    for part in range(options.parts):
+        logits = arguments["logits"][0, part * PART : (part + 1) * PART]
         arguments["values"][part] = logits.max()
         arguments["ids"][part] = part * PART + _first(logits)
 

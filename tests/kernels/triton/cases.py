@@ -1,0 +1,90 @@
+"""Launches of every CUDA kernel over odd sizes, small enough for Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from tests.kernels.triton.samples import Case
+
+
+def _linear() -> Iterator[Case]:
+    formats: list[dict[str, Any]] = [
+        {"format": "dense"},
+        {"format": "dense", "dtype": "bfloat16", "bias": True},
+        {"format": "int8"},
+        {"format": "int8", "group": 32, "zeros": True},
+        {"format": "int4", "group": 32},
+        {"format": "int4", "group": 48, "zeros": True, "width": 144, "bias": True},
+        {"format": "int4", "group": 128, "width": 384, "order": True},
+        {"format": "int2", "group": 64, "zeros": True, "width": 320},
+        {"format": "ternary", "scales": "bfloat16"},
+        {"format": "ternary", "group": 128, "width": 640},
+        {"format": "int4", "zeros": True, "scales": "float32"},
+    ]
+    for place, options in enumerate(formats):
+        # The row length is no whole number of chunks, and the outputs no whole number of tiles.
+        shape = {"rows": 37, "width": 160, "out": "float32" if place % 2 else "float16"}
+        yield Case("linear_gemv", {**shape, **options})
+        yield Case("linear_gemm", {**shape, **options}, n=(3, 18, 70)[place % 3])
+    gated = {"rows": 2 * 37, "gated": True, "factor": 0.5}
+    for options in ({"format": "dense", "width": 264}, {"format": "ternary", "width": 256}):
+        yield Case("linear_gemv", {**gated, **options})
+        yield Case("linear_gemm", {**gated, **options}, n=33)
+    yield Case("linear_gemm", {"format": "int4", "rows": 70, "width": 128, "count": "r", "out": "float32"}, n=9, r=5)
+    # One of several that fill one buffer side by side.
+    yield Case("linear_gemm", {"format": "int4", "rows": 40, "width": 96, "group": 32, "out_stride": 104}, n=7)
+
+
+def _attention() -> Iterator[Case]:
+    shapes = [
+        {"heads": 4, "kv_heads": 2, "head_dim": 64},
+        {"heads": 6, "kv_heads": 2, "head_dim": 16, "kv": "int8"},
+        {"heads": 32, "kv_heads": 2, "head_dim": 32},
+        {"heads": 3, "kv_heads": 3, "head_dim": 80},
+    ]
+    for place, shape in enumerate(shapes):
+        options = {**shape, "context": 320, "scale": 0.2}
+        for splits, position in ((1, 0), (3, 63), (4, 64 + 37 * place)):
+            yield Case("attention_decode", {**options, "splits": splits}, position=position)
+        for n, position in ((1, 0), (23, 0), (70, 130 + place)):
+            yield Case("attention_prefill", {**options}, n=n, position=position)
+    for splits in (1, 5):
+        lse = [[[-0.5, 2.0]] + [[float("-inf"), 1.0]] * (splits - 1)]
+        options = {"heads": 2, "kv_heads": 1, "head_dim": 48, "context": 64, "scale": 1.0, "splits": splits}
+        yield Case("attention_combine", options, values={"lse": lse})
+    sparse = {"heads": 4, "kv_heads": 2, "head_dim": 32, "context": 320, "scale": 0.2, "budget": 3}
+    # One head chose two blocks, the other reads all; no row of the second step is dense, some of the third are.
+    chosen = {"blocks": [[[0, 4, -1], [-1, -1, -1]]], "counts": [[2, -1]]}
+    yield Case("attention_decode", {**sparse, "splits": 2}, position=290, dense_len=256, values=chosen)
+    yield Case("attention_prefill", sparse, n=20, position=260, dense_len=256)
+    yield Case("attention_prefill", sparse, n=50, position=240, dense_len=271)
+
+
+def cases() -> list[Case]:
+    """Return every case."""
+    found = [
+        *(Case("swiglu", {"width": width, "count": count}, n=3, r=2) for width, count in ((37, "n"), (1100, "r"))),
+        Case("take_rows", {"width": 1030}, n=7, r=4),
+        Case("take_rows", {"width": 30, "dtype": "float32"}, n=7, r=1),
+        Case("scale", {"width": 1029, "factor": 0.37, "count": "r"}, r=3),
+        Case("rms_norm", {"width": 100, "eps": 1e-5}, n=3),
+        Case("rms_norm", {"width": 2304, "eps": 1e-6, "count": "r"}, r=2),
+        Case("add_rms_norm", {"width": 100, "eps": 1e-5, "scale": 0.3}, n=5),
+        Case("embedding", {"format": "dense", "rows": 9, "width": 50, "dtype": "bfloat16", "scale": 12.0}, n=4),
+        Case("embedding", {"format": "dense", "rows": 9, "width": 1100, "dtype": "float32"}, n=4),
+        Case("embedding", {"format": "int8", "rows": 9, "width": 96, "group": 32, "zeros": True}, n=4),
+        Case("embedding", {"format": "int4", "rows": 9, "width": 160, "group": 32, "scale": 0.1}, n=4),
+        Case("embedding", {"format": "ternary", "rows": 9, "width": 160, "scales": "bfloat16"}, n=4),
+        Case("argmax_partial", {"vocab": 9001}),
+        Case("argmax_partial", {"vocab": 5000}, values={"logits": [[1.0] * 4999 + [2.0]]}),
+        Case("argmax_partial", {"vocab": 100}, values={"logits": [[0.0] * 30 + [5.0, 1.0, 5.0] + [0.0] * 67]}),
+        Case("argmax", {"vocab": 9001}, position=4, values={"values": [1.0, 3.0, 3.0], "ids": [5, 4500, 8999]}),
+    ]
+    shape = {"heads": 3, "kv_heads": 1, "head_dim": 24, "context": 64}
+    found += [
+        Case("rope_append", shape, n=5, position=0),
+        Case("rope_append", {**shape, "kv": "int8", "norm_eps": 1e-6}, n=3, position=30),
+        Case("rope_append", {**shape, "nope": True, "head_dim": 64}, n=1, position=63),
+    ]
+    return [*found, *_linear(), *_attention()]
