@@ -23,6 +23,8 @@ from arkinfer.reference import Reference
 Progress = Callable[[str, int, int], None]
 
 TEXTS = Path(__file__).parent / "texts"
+_FEWEST = 64  # tokens that a tokenizer of real text tells apart in the texts
+_SEED = 20250606
 SUITES: Mapping[str, int] = {"fast": 2048, "full": 20480}  # positions compared
 WINDOW = 512
 TRACED = 8  # tokens run layer by layer: few, so that rounding noise has not spread yet
@@ -111,13 +113,10 @@ def windows(
     The texts are English, Chinese and code; later windows join their paragraphs in other orders. A tokenizer that maps
     most of them to one token (a word list of a constructed model) gets seeded random tokens instead.
     """
-    paragraphs = [
-        part for file in sorted(TEXTS.glob("*.txt")) for part in re.split(r"\n\s*\n", file.read_text("utf-8"))
-    ]
+    paragraphs = [part for text in read_texts(TEXTS).values() for part in re.split(r"\n\s*\n", text)]
     wanted, size = SUITES[suite], min(WINDOW, limit)
-    sample = list(encode("\n\n".join(paragraphs)))
-    random_tokens = len(set(sample)) < 64
-    generator = random.Random(20250606)
+    random_tokens = _is_word_list(encode("\n\n".join(paragraphs)))
+    generator = random.Random(_SEED)
     found: list[list[int]] = []
     positions = 0
     while positions < wanted:
@@ -137,16 +136,53 @@ def windows(
     return found, hashlib.sha256(repr(found).encode()).hexdigest()
 
 
+def read_texts(folder: Path) -> dict[str, str]:
+    """Return the texts in ``folder`` by their files' names, sorted."""
+    return {file.stem: file.read_text("utf-8") for file in sorted(folder.glob("*.txt"))}
+
+
+def whole_texts(
+    encode: Callable[[str], Sequence[int]], vocabulary: int, folder: Path, limit: int, most: int
+) -> dict[str, list[list[int]]]:
+    """Return each text of ``folder`` once, from its start, in windows of at most ``limit`` tokens.
+
+    All texts get equal parts of ``most`` tokens. For a tokenizer of few words there is one text, "random", as in
+    `windows`.
+    """
+    texts = {name: list(encode(text)) for name, text in read_texts(folder).items()}
+    if _is_word_list([token for tokens in texts.values() for token in tokens]):
+        generator = random.Random(_SEED)
+        texts = {"random": [generator.randrange(vocabulary) for _ in range(most)]}
+    share, size = most // len(texts), min(WINDOW, limit)
+    cut = {
+        name: [tokens[:share][start : start + size] for start in range(0, min(share, len(tokens)), size)]
+        for name, tokens in texts.items()
+    }
+    return {name: [window for window in found if len(window) > 1] for name, found in cut.items()}
+
+
+def _is_word_list(tokens: Sequence[int]) -> bool:
+    return len(set(tokens)) < _FEWEST
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Return log-probabilities (rows, vocab) float64 of logits (rows, vocab)."""
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    result: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return result
+
+
 def divergence(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Return KL(reference || other) in nats for each row of two logit arrays (rows, vocab)."""
 
-    def log_softmax(logits: np.ndarray) -> np.ndarray:
-        shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-        result: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-        return result
-
     ours, theirs = log_softmax(reference), log_softmax(other)
     result: np.ndarray = np.maximum((np.exp(ours) * (ours - theirs)).sum(axis=1), 0)
+    return result
+
+
+def agreement(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return for each row of two logit arrays (rows, vocab) whether the largest is at the same token."""
+    result: np.ndarray = reference.argmax(axis=1) == other.argmax(axis=1)
     return result
 
 
@@ -177,7 +213,7 @@ def _rows(reference: Reference, other: Any, found: Sequence[Sequence[int]], prog
             row = (
                 divergence(right, got),
                 np.abs(right - got).max(axis=1),
-                right.argmax(axis=1) == got.argmax(axis=1),
+                agreement(right, got),
                 two[:, 1] - two[:, 0],
             )
             for column, values in zip(columns, row, strict=True):

@@ -13,6 +13,7 @@ import arkinfer
 from arkinfer import backends, exporters, passes, structure, targets
 from arkinfer import graph as graphs
 from arkinfer import parity as verification
+from arkinfer import quality as qualities
 from arkinfer.artifact import Artifact, Writer
 from arkinfer.checkpoint import Checkpoint, open_checkpoint
 from arkinfer.checkpoint.stored import Layout
@@ -21,6 +22,7 @@ from arkinfer.errors import UnsupportedError, UserError, nearest
 from arkinfer.exporters.base import BuildOptions
 from arkinfer.graph import ModelGraph
 from arkinfer.passes import formats
+from arkinfer.quant import pgptq
 from arkinfer.recipe import Recipe, Rounding, Rule, choose
 from arkinfer.reference import Reference, WeightSource
 from arkinfer.runtime.tokenizer import Tokenizer
@@ -79,6 +81,7 @@ def build(
     method: str | None = None,
     rules: Sequence[str | Rule] = (),
     verify: str = "fast",
+    quality: str = "auto",
     force: bool = False,
     revision: str | None = None,
     offline: bool = False,
@@ -97,6 +100,8 @@ def build(
     For weights that are quantised here, ``group`` (32, 64 or 128 inputs) shares an int4 scale, ``head`` (int8 or int4)
     is the format of the embedding table and the output head, and ``method`` is search or pgptq. ``rules`` such as
     "*.down_proj.*=int4:32" overrule ``weights`` by name, the first that matches. The target says what is not given.
+    ``quality``: on measures what that costs against the checkpoint's own weights, off does not; auto measures small
+    models (see arkinfer.quality) unless ``verify`` is none.
 
     Raises UserError for bad input, UnsupportedError where the target cannot run the model, ParityError when the result
     differs from the torch reference; in all of these cases nothing is left at ``out``.
@@ -107,6 +112,7 @@ def build(
     if verify not in ("none", *verification.SUITES):
         raise UserError(f"verify is fast, full or none, not {verify!r}", hint=nearest(verify, ["fast", "full", "none"]))
     checkpoint = open_checkpoint(model, revision, offline)
+    measured = qualities.wanted(quality, verify, checkpoint.parameters)
     options = _options(checkpoint.config, description, kv, attention, context)
     rounding = Rounding.of(description.defaults, group, head, method, rules)
     destination = Path(out) if out is not None else Path(f"{checkpoint.name}-{description.name}.ark")
@@ -129,10 +135,14 @@ def build(
                 facts={f"reason {index}": reason for index, reason in enumerate(refused, 1)},
                 code="ARK-E302",
             )
-        source = CheckpointWeights(checkpoint)
+        _copy_assets(checkpoint, writer)
+        encode = Tokenizer.from_file(writer.path("tokenizer.json")).encode
+        rounded = checkpoint
+        if lowered.recipe.method == "pgptq":
+            rounded = pgptq.quantise(checkpoint, lowered.recipe, encode, writer.scratch, report)
+        source = CheckpointWeights(rounded)
         payload = exporter.export(lowered.graph, source, description, options, writer.path, report)
         writer.path("payload/graph.txt").write_text(lowered.graph.dump(), encoding="utf-8")
-        _copy_assets(checkpoint, writer)
         fields = {
             "name": destination.name.removesuffix(".ark"),
             "arkinfer": arkinfer.__version__,
@@ -153,6 +163,7 @@ def build(
             "toolchain": dict(payload.toolchain),
             "limits": dict(payload.limits),
             "parity": None,
+            "quality": None,
             "provenance": {"model": checkpoint.name, **checkpoint.source, "notes": list(checkpoint.config.notes)},
         }
         if verify != "none":
@@ -160,6 +171,9 @@ def build(
             outcome = _compare(staged, lowered, source, options, verify, report)
             verification.require(outcome)
             fields["parity"] = outcome.to_dict()
+        fields["quality"] = qualities.examine(
+            checkpoint, lowered.graph, lowered.recipe, source, encode, measured, report
+        )
         return writer.seal(fields)
 
 

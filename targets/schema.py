@@ -20,7 +20,7 @@ ATTENTION = ("auto", "dense", "sparse")
 RULES = ("fp32", "fp16", "int8", "int4")
 GROUPS = (32, 64, 128)
 HEADS = ("int8", "int4")
-METHODS = ("search",)
+METHODS = ("search", "pgptq")
 
 _MAX_BYTES = 64 << 10
 _MAX_EXTENDS = 8

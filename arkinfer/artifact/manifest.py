@@ -39,7 +39,8 @@ class Manifest:
     """The contents of `manifest.json`, checked.
 
     ``digest`` is the SHA-256 of the canonical text of all other fields and thereby names the whole artifact: equal
-    digests mean equal files. ``parity`` is None where nobody compared the artifact with the reference.
+    digests mean equal files. ``parity`` is None where nobody compared the artifact with the reference, ``quality``
+    where nobody measured what quantising cost.
     """
 
     schema: int
@@ -57,6 +58,7 @@ class Manifest:
     toolchain: Mapping[str, Any]
     limits: Mapping[str, Any]
     parity: Mapping[str, Any] | None
+    quality: Mapping[str, Any] | None
     provenance: Mapping[str, Any]
     files: Mapping[str, FileEntry]
     digest: str = ""
@@ -104,8 +106,9 @@ class Manifest:
         for key in ("target", "model", "toolchain", "limits", "provenance", "files"):
             if not isinstance(raw[key], dict):
                 raise _bad(f"`{key}` is not an object")
-        if raw["parity"] is not None and not isinstance(raw["parity"], dict):
-            raise _bad("`parity` is neither an object nor null")
+        for key in ("parity", "quality"):
+            if raw[key] is not None and not isinstance(raw[key], dict):
+                raise _bad(f"`{key}` is neither an object nor null")
         if type(raw["context"]) is not int or not 1 <= raw["context"] < 1 << 40:
             raise _bad("`context` is not a positive number of tokens")
         _check_depth(raw)

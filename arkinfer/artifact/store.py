@@ -29,6 +29,7 @@ from arkinfer.errors import ArtifactError, InternalError, UserError, nearest
 
 CHECKS = ("auto", "full")
 _STAGING = "ark-staging"
+_SCRATCH = ".scratch"  # in the staging folder
 _ASIDE = "ark-aside"
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ATTEMPTS = 100  # renames lost to concurrent builders before giving up
@@ -129,6 +130,12 @@ class Writer:
         place.parent.mkdir(parents=True, exist_ok=True)
         return place
 
+    def scratch(self, name: str) -> Path:
+        """Return where to write a file that the artifact will not hold; it is gone when the artifact is sealed."""
+        place = self._folder / _SCRATCH / manifests.check_path(name)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        return place
+
     def preview(self, fields: Mapping[str, Any]) -> Artifact:
         """Return the unsealed artifact as it stands in staging, to be run and verified; its digests are blank."""
         files = {name: FileEntry(place.stat().st_size, "0" * 64) for name, place in self._files()}
@@ -148,6 +155,7 @@ class Writer:
 
     def _seal(self, fields: Mapping[str, Any]) -> Artifact:
         staging = self._folder
+        shutil.rmtree(staging / _SCRATCH, ignore_errors=True)
         places = dict(self._files())
         digests = _digests(places.values())
         files = {name: FileEntry(place.stat().st_size, digests[place]) for name, place in places.items()}
@@ -194,6 +202,8 @@ class Writer:
 
     def _files(self) -> Iterator[tuple[str, Path]]:
         for folder, folders, names in os.walk(self._folder):
+            if _SCRATCH in folders:
+                folders.remove(_SCRATCH)
             for name in folders + names:
                 if (Path(folder) / name).is_symlink():
                     raise InternalError(f"the build put a link into the artifact: {name}")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -103,6 +103,27 @@ def parity_sentence(artifact: Artifact) -> str:
         f"{verdict}: mean KL {parity.get('mean_kl', float('nan')):.1e}, "
         f"top-1 {100 * parity.get('top1', float('nan')):.2f} % over {parity.get('positions')} positions"
     )
+
+
+def quality_lines(artifact: Artifact) -> list[str]:
+    """Return what is known of the cost of quantising, for people: a sentence, and a warning where it is high."""
+    quality = artifact.manifest.quality
+    if quality is None:
+        return ["quality not measured: nobody has compared the weights with the checkpoint's (build --quality on)"]
+    if quality.get("lossless"):
+        return ["quality: lossless, the weights are the checkpoint's own"]
+
+    def figures(values: Mapping[str, Any]) -> str:
+        numbers = {key: values.get(key, float("nan")) for key in ("mean_kl", "top1", "ratio")}
+        return "KL {mean_kl:.4f}, top-1 {top1:.1%}, perplexity x{ratio:.3f}".format(**numbers)
+
+    lines = [f"quality against the checkpoint: {figures(quality)} over {quality.get('positions')} positions"]
+    texts = quality.get("texts", {})
+    if len(texts) > 1:
+        lines += [f"  {name:<8} {figures(values)}" for name, values in sorted(texts.items())]
+    if faults := quality.get("faults"):
+        lines.append(f"WARNING: quantising cost more than {quality.get('format')} should: {'; '.join(faults)}")
+    return lines
 
 
 def size(nbytes: float) -> str:

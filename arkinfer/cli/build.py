@@ -37,6 +37,12 @@ from arkinfer.cli.progress import Progress
     help="Format of the embedding and the output head, where weights are integers.  [default: the target's, int8]",
 )
 @click.option(
+    "--method",
+    type=click.Choice(["search", "pgptq"]),
+    help="How floats become integers: search finds the scale that loses least; pgptq also corrects the weights that "
+    "are not rounded yet, by a calibration text.  [default: the target's, search]",
+)
+@click.option(
     "--rule",
     "rules",
     multiple=True,
@@ -45,6 +51,13 @@ from arkinfer.cli.progress import Progress
     "Repeatable; the first that matches counts.  [default: the target's]",
 )
 @click.option("--verify", type=click.Choice(["fast", "full", "none"]), default="fast", show_default=True)
+@click.option(
+    "--quality",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    help="Measure what quantising costs against the checkpoint's own weights; auto: up to 0.6 billion parameters.",
+)
 @click.option("--force", is_flag=True, help="Replace an artifact that is there already.")
 @arguments.hub_options
 @arguments.json_option
@@ -58,8 +71,10 @@ def command(
     context: int | None,
     group: str | None,
     head: str | None,
+    method: str | None,
     rules: tuple[str, ...],
     verify: str,
+    quality: str,
     force: bool,
     revision: str | None,
     offline: bool,
@@ -84,8 +99,10 @@ def command(
             context=context,
             group=int(group) if group else None,
             head=head,
+            method=method,
             rules=rules,
             verify=verify,
+            quality=quality,
             force=force,
             revision=revision,
             offline=offline,
@@ -105,6 +122,7 @@ def command(
                 "attention": manifest.attention,
                 "context": manifest.context,
                 "parity": manifest.parity,
+                "quality": manifest.quality,
             }
         )
         return
@@ -114,3 +132,5 @@ def command(
         f"context {manifest.context:,}, target {manifest.target.get('name')}"
     )
     click.echo(f"  {arguments.parity_sentence(artifact)}")
+    for line in arguments.quality_lines(artifact):
+        click.echo(f"  {line}")

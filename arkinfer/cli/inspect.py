@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -81,10 +81,12 @@ def _show(artifact: Artifact) -> None:
             "parameters": model.get("parameters"),
             "target": f"{manifest.target.get('name')} (backend {manifest.backend})",
             "weights": f"{manifest.weights}, activations {manifest.activations}",
+            **_rounding(manifest.model.get("recipe", {})),
             "kv": manifest.kv,
             "attention": manifest.attention,
             "context": manifest.context,
             "parity": arguments.parity_sentence(artifact),
+            "quality": "\n               ".join(arguments.quality_lines(artifact)).removeprefix("quality: "),
             "toolchain": ", ".join(f"{name} {version}" for name, version in sorted(manifest.toolchain.items())),
             "arkinfer": manifest.arkinfer,
             "graph digest": manifest.graph_digest,
@@ -98,6 +100,17 @@ def _show(artifact: Artifact) -> None:
     click.echo(f"files          {len(manifest.files)}, {arguments.size(arguments.artifact_size(artifact))}")
     for name, entry in sorted(manifest.files.items()):
         click.echo(f"  {arguments.size(entry.size):>9}  {entry.sha256[:12]}  {name}")
+
+
+def _rounding(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """Return how weights were rounded where that is not the plain search."""
+    rules = [
+        f"{pattern}={weights}" + (f":{group}" if group else "") for pattern, weights, group in recipe.get("rules", ())
+    ]
+    return {
+        **({"method": str(recipe["method"])} if recipe.get("method", "search") != "search" else {}),
+        **({"rules": ", ".join(rules)} if rules else {}),
+    }
 
 
 def _rows(values: Mapping[str, object], indent: str = "") -> None:

@@ -28,8 +28,8 @@ def quantise(weight: torch.Tensor, bits: int, group: int) -> Packed:
     for start in range(0, grouped.shape[0], step):
         part = grouped[start : start + step]
         block, rounded = values[: part.shape[0]].copy_(part), scratch[: part.shape[0]]
-        scale = _best_scale(block, bits, rounded)  # (groups, 1)
-        _rounded(torch.div(block, torch.where(scale == 0, 1.0, scale), out=rounded), bits)
+        scale = search_scale(block, bits, rounded)  # (groups, 1)
+        round_codes(torch.div(block, torch.where(scale == 0, 1.0, scale), out=rounded), bits)
         codes[start : start + step] = rounded if bits == 8 else rounded.add_(8)
         scales[start : start + step] = scale.squeeze(1)
     stored = codes.reshape(rows, width)
@@ -42,8 +42,11 @@ def quantise(weight: torch.Tensor, bits: int, group: int) -> Packed:
     )
 
 
-def _best_scale(block: torch.Tensor, bits: int, rounded: torch.Tensor) -> torch.Tensor:
-    """Return the scale (groups, 1) of each row of ``block`` (groups, group); ``rounded`` is overwritten."""
+def search_scale(block: torch.Tensor, bits: int, scratch: torch.Tensor) -> torch.Tensor:
+    """Return the scale (groups, 1), a float16's value, that loses least on each row of ``block`` (groups, group).
+
+    ``scratch`` has the shape of ``block`` and is overwritten.
+    """
     high, low = block.amax(dim=1, keepdim=True), block.amin(dim=1, keepdim=True)
     if bits == 8:
         return (torch.maximum(high, -low) / 127).half().float()
@@ -53,13 +56,14 @@ def _best_scale(block: torch.Tensor, bits: int, rounded: torch.Tensor) -> torch.
     best_error = torch.full_like(peak, float("inf"))
     for shrink in _SHRINK:
         scale = (peak * (shrink / -8)).half().float()  # the stored scale is the one that must fit
-        _rounded(torch.mul(block, 1 / torch.where(scale == 0, 1.0, scale), out=rounded), bits)
-        error = torch.linalg.vector_norm(torch.addcmul(block, rounded, scale, value=-1, out=rounded), dim=1)[:, None]
+        round_codes(torch.mul(block, 1 / torch.where(scale == 0, 1.0, scale), out=scratch), bits)
+        error = torch.linalg.vector_norm(torch.addcmul(block, scratch, scale, value=-1, out=scratch), dim=1)[:, None]
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)
     return best_scale
 
 
-def _rounded(values: torch.Tensor, bits: int) -> torch.Tensor:
+def round_codes(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """Round ``values`` in place to the integers that ``bits`` hold, and return them."""
     return values.round_().clamp_(-127 if bits == 8 else -8, 127 if bits == 8 else 7)

@@ -35,6 +35,7 @@ def fields(**changes: Any) -> dict[str, Any]:
         "toolchain": {"apache-tvm": "0.27.0.post1"},
         "limits": {"context": 4096},
         "parity": {"mean_kl": 1.5e-7, "top1": 1.0},
+        "quality": {"lossless": True},
         "provenance": {"model": "小模型", "notes": []},
         **changes,
     }

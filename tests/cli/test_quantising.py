@@ -30,7 +30,9 @@ def test_a_mixed_recipe_becomes_a_verified_artifact(arkinfer: Arkinfer, model: s
     out = str(tmp_path / "mixed.ark")
     done = arkinfer("build", model, "--target", board, "-o", out, "--json")
     assert done.status == 0, done.err
-    assert json.loads(done.out)["parity"]["passed"]
+    facts = json.loads(done.out)
+    assert facts["parity"]["passed"]
+    assert facts["quality"]["format"] == "int4" and facts["quality"]["positions"] > 1000
     stored = [line for line in arkinfer("inspect", out, "--graph").out.splitlines() if line.startswith("input")]
 
     def line(part: str) -> str:
@@ -41,6 +43,19 @@ def test_a_mixed_recipe_becomes_a_verified_artifact(arkinfer: Arkinfer, model: s
     assert "float16[128, 3]" in line("layers_0_mlp_down_proj_weight_scales")
     assert "int4 model.embed_tokens.weight" in line("embed_tokens_weight")
 
+    # The same graph again, so nothing is compiled: by the other method, and not measured.
+    options = ("--target", board, "-o", out, "--force", "--verify", "none")
+    done = arkinfer("build", model, *options, "--method", "pgptq", "--quality", "on", "--json")
+    assert done.status == 0, done.err
+    corrected = json.loads(done.out)["quality"]
+    assert corrected["data"] == facts["quality"]["data"] and corrected["mean_kl"] < facts["quality"]["mean_kl"]
+    shown = arkinfer("inspect", out).out
+    assert "pgptq" in shown and "*.v_proj.*=int8, layers.0.*=int4:64" in shown
+    assert f"KL {corrected['mean_kl']:.4f}" in shown and "chinese" in shown and ".scratch" not in shown
+    assert (not corrected["faults"]) == ("WARNING" not in shown)
+    done = arkinfer("build", model, *options)
+    assert done.status == 0 and "quality not measured" in done.out and "--quality on" in done.out
+
 
 def test_wrong_wishes_end_with_an_explanation(arkinfer: Arkinfer, model: str, tmp_path: Path) -> None:
     out = tmp_path / "never.ark"
@@ -49,6 +64,7 @@ def test_wrong_wishes_end_with_an_explanation(arkinfer: Arkinfer, model: str, tm
         (("--rule", "*.downproj.*=int4"), 1, "mlp.down_proj.weight"),
         (("--group", "32"), 1, "changes nothing"),
         (("--group", "48"), 2, "128"),
+        (("--weights", "fp16", "--method", "pgptq"), 1, "changes nothing"),
     ):
         done = arkinfer("build", model, "-o", str(out), *arguments)
         assert done.status == status and words in done.err, (arguments, done.err)

@@ -197,6 +197,7 @@ def write_artifact(
         "toolchain": {"scriptkit": "1.2"},
         "limits": {},
         "parity": {"passed": True, "mean_kl": 1.1e-7, "top1": 1.0, "positions": 2048, "suite": "fast"},
+        "quality": {"lossless": True},
         "provenance": {"model": "scripted-model", "notes": ["scale_depth absent, took 1.4"]},
     }
     with Writer(folder / "scripted.ark", force=True) as writer:
