@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -118,17 +120,36 @@ def product(
     return lambda: best(run, threads) / copies, size
 
 
+def zeros(isa: Isa, threads: int, rounds: int, only: str) -> None:
+    """Print what zero points cost a product with one token: time with them to time without, measured in turn."""
+    for format, group in [("int4", 32), ("int4", 64), ("int4", 128), ("int8", 128), ("int2", 64)]:
+        for rows, width in [(4096, 4096), (14336, 4096)]:
+            case = Case(format, group, width, rows)
+            name = f"{isa.name} linear_int8 {case} tokens 1"
+            if only not in name:
+                continue
+            without, size = product(isa, case, 1, linear_int8, threads)
+            having, larger = product(isa, replace(case, zeros=True), 1, linear_int8, threads)
+            ratios = sorted(having() / without() for _ in range(rounds))
+            time_ratio = f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
+            print(f"{name}: zeros take {time_ratio} of the time, {larger / size:.3f} of the bytes", flush=True)
+
+
 def main() -> None:
     """Print one line a kernel."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--zeros", action="store_true", help="compare weights with and without zero points instead")
     parser.add_argument("--only", default="", help="run lines whose text contains this")
     arguments = parser.parse_args()
     threads = arguments.threads
     os.environ.update(TVM_NUM_THREADS=str(threads), TVM_BIND_THREADS="0")  # read when the pool of threads starts
     formats = [("ternary", 64), ("ternary", 0), ("int4", 64), ("int4", 128), ("int8", 128)]
     for isa in (ISAS[name] for name in isa_levels()):
+        if arguments.zeros:
+            zeros(isa, threads, arguments.rounds, arguments.only)
+            continue
         limits = {True: peak(isa, True, threads), False: peak(isa, False, threads), None: reading(isa, threads)}
         for builder, integer in ((linear_int8, True), (linear_float, False)):
             for format, group in formats if integer else [("ternary", 64), ("int4", 64)]:
