@@ -85,12 +85,13 @@ def build(
     force: bool = False,
     revision: str | None = None,
     offline: bool = False,
+    adapter: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
     """Compile ``model`` for ``target`` and return the sealed artifact.
 
     ``model``: a checkpoint folder, a bundled model's name, or ``owner/name`` of the Hugging Face hub, at ``revision``;
-    ``offline`` takes only what was fetched before.
+    ``offline`` takes only what was fetched before. ``adapter``: the folder of a LoRA adapter, merged into the weights.
 
     ``weights``: auto, fp32, fp16, int8, int4 or ternary; auto keeps ternary checkpoints ternary. ``kv``: fp32, fp16 or
     int8 caches. ``attention``: the artifact's default gear. ``context``: largest number of tokens. ``verify``: fast,
@@ -111,7 +112,7 @@ def build(
     exporter = exporters.get(description.backend)
     if verify not in ("none", *verification.SUITES):
         raise UserError(f"verify is fast, full or none, not {verify!r}", hint=nearest(verify, ["fast", "full", "none"]))
-    checkpoint = open_checkpoint(model, revision, offline)
+    checkpoint = open_checkpoint(model, revision, offline, adapter=adapter)
     measured = qualities.wanted(quality, verify, checkpoint.parameters)
     options = _options(checkpoint.config, description, kv, attention, context)
     rounding = Rounding.of(description.defaults, group, head, method, rules)

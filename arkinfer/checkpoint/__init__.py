@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from arkinfer.checkpoint import hub
+from arkinfer.checkpoint.adapter import AdaptedCheckpoint
 from arkinfer.checkpoint.base import Checkpoint
 from arkinfer.checkpoint.folder import NO_PICKLE, PICKLES, FolderCheckpoint
 from arkinfer.checkpoint.gguf import GgufCheckpoint
@@ -21,16 +22,25 @@ def bundled_models() -> list[str]:
 
 
 def open_checkpoint(
-    model: str | Path, revision: str | None = None, offline: bool = False, headers_only: bool = False
+    model: str | Path,
+    revision: str | None = None,
+    offline: bool = False,
+    headers_only: bool = False,
+    adapter: str | Path | None = None,
 ) -> Checkpoint:
     """Open a checkpoint folder, a .gguf file, a bundled model by name, or a model of the hub.
 
     The hub's are named ``owner/name`` or ``owner/name@revision``; a folder of that name goes before. ``offline``: only
     what was fetched before is used. ``headers_only``: weights that are not here are not fetched, and reading their rows
-    raises UserError.
+    raises UserError. ``adapter``: the folder of a LoRA adapter that is merged into the weights as they are read.
 
     Raises UserError when the checkpoint, its config or its weights are missing or malformed.
     """
+    opened = _open(model, revision, offline, headers_only)
+    return opened if adapter is None else AdaptedCheckpoint(opened, Path(adapter))
+
+
+def _open(model: str | Path, revision: str | None, offline: bool, headers_only: bool) -> Checkpoint:
     bundled = bundled_models()
     path = BUNDLED / model if str(model) in bundled else Path(model)
     if not path.exists() and (named := hub.parse_id(str(model), revision)) is not None:

@@ -59,6 +59,7 @@ from arkinfer.cli.progress import Progress
     help="Measure what quantising costs against the checkpoint's own weights; auto: up to 0.6 billion parameters.",
 )
 @click.option("--force", is_flag=True, help="Replace an artifact that is there already.")
+@click.option("--adapter", type=click.Path(), metavar="FOLDER", help="LoRA adapter (PEFT) to merge into the weights.")
 @arguments.hub_options
 @arguments.json_option
 def command(
@@ -76,6 +77,7 @@ def command(
     verify: str,
     quality: str,
     force: bool,
+    adapter: str | None,
     revision: str | None,
     offline: bool,
     as_json: bool,
@@ -106,6 +108,7 @@ def command(
             force=force,
             revision=revision,
             offline=offline,
+            adapter=adapter,
             progress=progress,
         )
     manifest, total = artifact.manifest, arguments.artifact_size(artifact)
