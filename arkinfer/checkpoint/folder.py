@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from arkinfer.artifact.tensors import TensorEntry, read_header
-from arkinfer.checkpoint import layouts
+from arkinfer.checkpoint import layouts, sentencepiece
 from arkinfer.checkpoint.base import Checkpoint, parse_object
 from arkinfer.checkpoint.quantization import BESIDE, Quantization
 from arkinfer.config import ModelConfig
@@ -46,7 +46,10 @@ class FolderCheckpoint(Checkpoint):
 
     def asset(self, name: str) -> bytes | None:
         file = self._file(name)
-        return None if file is None else read_text(file)
+        if file is not None:
+            return read_text(file)
+        vocabulary = self._file("tokenizer.model") if name == "tokenizer.json" else None
+        return None if vocabulary is None else sentencepiece.convert(read_text(vocabulary), self.json_asset)
 
     def _file(self, name: str) -> Path | None:
         """Return the file ``name`` of this folder, or None. Raises UserError for what leads elsewhere."""

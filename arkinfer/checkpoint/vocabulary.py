@@ -23,6 +23,7 @@ SPACE = "\u2581"
 MAX_PIECES = 1 << 20
 MAX_LETTERS = 1 << 24  # of all pieces together: bounds the search for merges
 MAX_PIECE = 1 << 10
+_NEVER = -1e6
 
 # How byte-level vocabularies split text before merging, by GGUF's tokenizer.ggml.pre.
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -165,7 +166,14 @@ def _unigram(pieces: Sequence[Piece], unknown: int, added: Mapping[int, Added], 
     beyond = sorted(index for index in added if index >= len(pieces))
     if beyond != list(range(len(pieces), len(pieces) + len(beyond))):
         raise refuse(what, "the ids of its added tokens leave a gap")
-    return {"type": "Unigram", "unk_id": unknown, "vocab": [[piece.text, piece.score] for piece in pieces]}
+    # The library would take "<0x41>" in a text for the byte: such pieces lose against every other way to read it, which
+    # there is if its letters are pieces.
+    plain = {piece.text for piece in pieces if piece.kind == NORMAL}
+    if any(piece.kind == BYTE for piece in pieces) and not plain.issuperset("<0x123456789ABCDEF>"):
+        raise refuse(what, "the letters of <0x00> are not all pieces, and such text would be taken for a byte")
+    scores = [piece.score if piece.kind in (NORMAL, USER_DEFINED) else _NEVER for piece in pieces]
+    vocabulary = [[piece.text, score] for piece, score in zip(pieces, scores, strict=True)]
+    return {"type": "Unigram", "unk_id": unknown, "vocab": vocabulary}
 
 
 def _document(
