@@ -59,10 +59,22 @@ def _converter(weight: Weight) -> Callable[[Packed, str], Packed]:
             converted = _converted(dense, weight.dtype, name)
             return Packed("dense", 0, (rows.shape[0], converted.shape[-1]), converted)
         if weight.format == "ternary":
-            return ternary.pack(dense, weight.group)
+            return _ternary(dense, weight.group, name)
         return integer.quantise(dense, 8 if weight.format == "int8" else 4, weight.group)
 
     return convert
+
+
+def _ternary(dense: torch.Tensor, group: int, name: str) -> Packed:
+    try:
+        return ternary.pack(dense, group)
+    except ValueError as error:
+        raise UserError(
+            f"{name} is ternary in some rows and not in others",
+            facts={"reason": error},
+            hint=f"--rule '{name}=int8' stores this one otherwise",
+            code="ARK-E170",
+        ) from error
 
 
 def _converted(tensor: torch.Tensor, dtype: torch.dtype | None, name: str) -> torch.Tensor:
