@@ -71,7 +71,11 @@ def examine(
     measured: bool,
     progress: Progress,
 ) -> Mapping[str, Any] | None:
-    """Return what a manifest says of the quality of ``weights``: see Report, LOSSLESS, or None if not ``measured``."""
+    """Return what a manifest says of the quality of ``weights``: see Report, LOSSLESS, or None if not ``measured``.
+
+    Beside the weights as they are stored, memory for one layer in float32 is taken, then for the output head of both
+    models in float32.
+    """
     format = coarsest(graph, recipe)
     if format is None:
         return LOSSLESS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
@@ -113,16 +113,21 @@ def quality_lines(artifact: Artifact) -> list[str]:
     if quality.get("lossless"):
         return ["quality: lossless, the weights are the checkpoint's own"]
 
-    def figures(values: Mapping[str, Any]) -> str:
-        numbers = {key: values.get(key, float("nan")) for key in ("mean_kl", "top1", "ratio")}
-        return "KL {mean_kl:.4f}, top-1 {top1:.1%}, perplexity x{ratio:.3f}".format(**numbers)
+    def figures(values: object) -> str:
+        found = values if isinstance(values, Mapping) else {}
+        kl, top1, ratio = (
+            value if isinstance(value := found.get(key), float | int) else float("nan")
+            for key in ("mean_kl", "top1", "ratio")
+        )
+        return f"KL {kl:.4f}, top-1 {top1:.1%}, perplexity x{ratio:.3f}"
 
     lines = [f"quality against the checkpoint: {figures(quality)} over {quality.get('positions')} positions"]
-    texts = quality.get("texts", {})
-    if len(texts) > 1:
+    texts = quality.get("texts")
+    if isinstance(texts, Mapping) and len(texts) > 1:
         lines += [f"  {name:<8} {figures(values)}" for name, values in sorted(texts.items())]
     if faults := quality.get("faults"):
-        lines.append(f"WARNING: quantising cost more than {quality.get('format')} should: {'; '.join(faults)}")
+        reasons = "; ".join(map(str, faults)) if isinstance(faults, list) else faults
+        lines.append(f"WARNING: quantising cost more than {quality.get('format')} should: {reasons}")
     return lines
 
 

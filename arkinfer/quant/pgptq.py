@@ -7,6 +7,7 @@ each text are left out of H: they hold a few huge activations that would outweig
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from functools import partial
@@ -19,7 +20,7 @@ from arkinfer.artifact import tensors
 from arkinfer.checkpoint import Checkpoint
 from arkinfer.checkpoint.stored import Layout, Parts, StoredWeight, read_rows
 from arkinfer.config import ModelConfig
-from arkinfer.errors import ParityError, UnsupportedError, UserError
+from arkinfer.errors import UnsupportedError, UserError
 from arkinfer.graph import Weight
 from arkinfer.layerwise import Layerwise, workers
 from arkinfer.models.decoder import Layer, Linear
@@ -33,7 +34,7 @@ from arkinfer.weights import CheckpointWeights
 CALIBRATION = Path(__file__).resolve().parent.parent / "calibration"
 TOKENS = 8192  # of the calibration texts, at most
 SKIPPED = 4  # positions at the start of each window that do not enter the Hessian
-DAMPING = (0.01, 0.1, 1.0)  # parts of the Hessian's mean diagonal added to it; the next where one is not enough
+DAMPING = (0.01, 0.1, 1.0)  # parts of the mean diagonal added to the Hessian; the others where the first is too little
 COLUMNS = 128  # rounded before the columns behind them are corrected, all at once
 ROWS = 256  # of a weight rounded together in one thread
 SLICE = 512  # columns of a Hessian computed together in one thread
@@ -230,33 +231,66 @@ def inverse_factor(pool: Executor, reversed_hessian: torch.Tensor) -> torch.Tens
     """Return upper triangular U (K, K) with U^T U = H^-1, of what `hessian` returns; that is overwritten.
 
     With rows and columns reversed, H = L L^T, and the inverse of L reversed again is U: one factorisation and one
-    triangular inverse, where inverting H first takes two and three times the work.
+    triangular inverse, a third of the work of inverting H first. Both go block by block, L in the place of H, so that
+    no third matrix of this size is needed. Raises UserError for inputs that are not finite numbers.
     """
     width = len(reversed_hessian)
-    diagonal = reversed_hessian.diagonal()
-    mean = float(diagonal.double().mean()) or 1.0
-    for damping in DAMPING:
-        diagonal += damping * mean
-        lower, failed = torch.linalg.cholesky_ex(reversed_hessian)
-        if not int(failed):
-            break
-    else:
-        raise ParityError(
-            "the calibration inputs of a layer are not finite numbers, or too large for float32",
-            hint="--method search",
-            code="ARK-E402",
+    mean = float(reversed_hessian.diagonal().double().mean()) or 1.0
+    if not math.isfinite(mean):
+        raise UserError(
+            "the inputs of a matrix on the calibration text are not finite numbers",
+            hint="--method search, and look for damaged weights",
+            code="ARK-E145",
         )
+    lower = reversed_hessian
+    lower.diagonal().add_(DAMPING[0] * mean)
+    for start in range(0, width, SLICE):
+        stop = min(start + SLICE, width)
+        corner = _cholesky(lower[start:stop, start:stop], mean)
+
+        def below(row: int, columns: slice = slice(start, stop), corner: torch.Tensor = corner) -> None:
+            part = lower[row : row + SLICE, columns]
+            part.copy_(torch.linalg.solve_triangular(corner.T, part, upper=True, left=False))
+
+        def update(column: int, columns: slice = slice(start, stop)) -> None:
+            part = lower[column : column + SLICE, columns]
+            lower[column:, column : column + SLICE].addmm_(lower[column:, columns], part.T, alpha=-1)
+
+        list(pool.map(below, range(stop, width, SLICE)))
+        list(pool.map(update, range(stop, width, SLICE)))
     factor = torch.zeros(width, width)
 
     def invert(start: int) -> None:
         stop = min(start + SLICE, width)
-        unit = torch.zeros(width - start, stop - start)
-        unit.fill_diagonal_(1)
-        columns = torch.linalg.solve_triangular(lower[start:, start:], unit, upper=False)
+        columns = torch.empty(width - start, stop - start)  # of the inverse of L, from its diagonal down
+        for row in range(start, width, SLICE):
+            end = min(row + SLICE, width)
+            right = torch.eye(stop - start)
+            if row > start:
+                right = -(lower[row:end, start:row] @ columns[: row - start])
+            solved = torch.linalg.solve_triangular(lower[row:end, row:end], right, upper=False)
+            columns[row - start : end - start] = solved
         factor[: width - start, width - stop : width - start] = columns.flip(0, 1)
 
     list(pool.map(invert, range(0, width, SLICE)))
     return factor
+
+
+def _cholesky(block: torch.Tensor, mean: float) -> torch.Tensor:
+    """Put the lower Cholesky factor of ``block`` in its place and return it.
+
+    Where rounding has made the block indefinite, its diagonal takes more of the Hessian's ``mean`` diagonal.
+    """
+    for damping in (0.0, *DAMPING):
+        block.diagonal().add_(damping * mean)
+        factor, failed = torch.linalg.cholesky_ex(block)
+        if not int(failed):
+            return block.copy_(factor)
+    raise UserError(
+        "the inputs of a matrix on the calibration text are too far apart for float32",
+        hint="--method search",
+        code="ARK-E145",
+    )
 
 
 def round_weight(pool: Executor, weight: torch.Tensor, factor: torch.Tensor, storage: Storage) -> Packed:

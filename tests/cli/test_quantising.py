@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.artifact import samples
 from tests.checkpoints import CONFIGS, write_checkpoint
 from tests.cli.conftest import Arkinfer
 
@@ -69,3 +70,21 @@ def test_wrong_wishes_end_with_an_explanation(arkinfer: Arkinfer, model: str, tm
         done = arkinfer("build", model, "-o", str(out), *arguments)
         assert done.status == status and words in done.err, (arguments, done.err)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("quality", "words"),
+    [
+        ({"lossless": True}, "lossless"),
+        (None, "not measured"),
+        ({"mean_kl": 0.2, "top1": 0.5, "ratio": 2.0, "positions": 9, "faults": ["much"], "format": "int4"}, "WARNING"),
+        ({"mean_kl": "x", "top1": [], "texts": [1, 2], "faults": "no"}, "KL nan"),
+        ({"texts": {"a": 1, "b": None}, "faults": [1, {}]}, "top-1 nan%"),
+    ],
+)
+def test_whatever_an_artifact_says_of_its_quality_is_shown(
+    arkinfer: Arkinfer, tmp_path: Path, quality: dict[str, object] | None, words: str
+) -> None:
+    artifact = samples.write(tmp_path / "sample.ark", quality=quality)
+    done = arkinfer("inspect", str(artifact.path))
+    assert done.status == 0 and words in done.out, done.err

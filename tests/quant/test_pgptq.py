@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from arkinfer import pipeline, quality, targets
 from arkinfer.checkpoint import open_checkpoint
 from arkinfer.checkpoint.base import Checkpoint
-from arkinfer.errors import ParityError, UnsupportedError
+from arkinfer.errors import UnsupportedError, UserError
 from arkinfer.graph import ModelGraph
 from arkinfer.layerwise import workers
 from arkinfer.passes import formats
@@ -91,7 +91,7 @@ def test_the_factor_over_several_slices_and_of_inputs_that_are_always_zero() -> 
 
 
 def test_inputs_that_are_not_numbers_are_refused() -> None:
-    with workers() as pool, pytest.raises(ParityError, match="finite"):
+    with workers() as pool, pytest.raises(UserError, match="finite"):
         pgptq.inverse_factor(pool, pgptq.hessian(pool, [torch.full((9, 16), float("nan"))]))
 
 
