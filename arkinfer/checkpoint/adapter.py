@@ -18,7 +18,7 @@ import numpy as np
 from arkinfer.artifact.tensors import NUMPY, TensorEntry, read_header
 from arkinfer.checkpoint import ternary
 from arkinfer.checkpoint.base import Checkpoint, parse_object
-from arkinfer.checkpoint.folder import NO_PICKLE, read_text
+from arkinfer.checkpoint.folder import NO_PICKLE, locate, read_text
 from arkinfer.checkpoint.stored import FLOATS, DenseWeight, Parts, StoredWeight, read_tensor
 from arkinfer.errors import UserError
 
@@ -57,8 +57,8 @@ class AdaptedCheckpoint(Checkpoint):
         self.path, self.raw_config, self.config = base.path, base.raw_config, base.config
         self.headers_only = base.headers_only
         self._settings = _read_settings(folder)
-        file = folder / WEIGHTS
-        if not file.is_file():
+        file = locate(folder, WEIGHTS)
+        if file is None:
             pickle = (folder / "adapter_model.bin").is_file()
             raise UserError(
                 f"{folder} has no {WEIGHTS}",
@@ -196,8 +196,8 @@ def _bad(name: str, reason: str) -> UserError:
 
 
 def _read_settings(folder: Path) -> _Settings:
-    file = folder / CONFIG
-    if not file.is_file():
+    file = locate(folder, CONFIG)
+    if file is None:
         raise UserError(
             f"{folder} has no {CONFIG}", hint="give the folder that PEFT's save_pretrained wrote", code="ARK-E168"
         )

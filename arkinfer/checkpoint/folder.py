@@ -52,21 +52,7 @@ class FolderCheckpoint(Checkpoint):
         return None if vocabulary is None else sentencepiece.convert(read_text(vocabulary), self.json_asset)
 
     def _file(self, name: str) -> Path | None:
-        """Return the file ``name`` of this folder, or None. Raises UserError for what leads elsewhere."""
-        file = self.path / name
-        if not file.exists() and not file.is_symlink():
-            return None
-        if not file.resolve().is_relative_to(self._root):
-            raise UserError(
-                f"{name} is a link that leaves the checkpoint's folder",
-                facts={"link": file, "leads to": file.resolve()},
-                hint=f"cp -rL {self.path} COPY",
-                code="ARK-E162",
-            )
-        if not file.is_file():
-            what = "a broken link" if file.is_symlink() else "not a regular file"
-            raise UserError(f"{name} is {what}", facts={"file": file}, hint="complete the download", code="ARK-E123")
-        return file
+        return locate(self.path, name, self._root)
 
     def _json(self, name: str) -> dict[str, Any]:
         file = self._file(name)
@@ -125,6 +111,28 @@ class FolderCheckpoint(Checkpoint):
             hint=NO_PICKLE if pickles else "complete the download",
             code="ARK-E123",
         )
+
+
+def locate(folder: Path, name: str, root: Path | None = None) -> Path | None:
+    """Return the file ``name`` of ``folder``, or None if there is none.
+
+    Raises UserError for what is no regular file, and for links that leave ``root``, by default the folder itself, or of
+    a snapshot in the hub's cache that model's part of it.
+    """
+    file = folder / name
+    if not file.exists() and not file.is_symlink():
+        return None
+    if not file.resolve().is_relative_to((root or _cache_of(folder)).resolve()):
+        raise UserError(
+            f"{name} is a link that leaves the checkpoint's folder",
+            facts={"link": file, "leads to": file.resolve()},
+            hint=f"cp -rL {folder} COPY",
+            code="ARK-E162",
+        )
+    if not file.is_file():
+        what = "a broken link" if file.is_symlink() else "not a regular file"
+        raise UserError(f"{name} is {what}", facts={"file": file}, hint="complete the download", code="ARK-E123")
+    return file
 
 
 def check_index(index: Mapping[str, Any], name: str) -> dict[str, str]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from arkinfer.checkpoint import vocabulary
 from arkinfer.checkpoint.base import Checkpoint
-from arkinfer.checkpoint.folder import read_text
+from arkinfer.checkpoint.folder import locate, read_text
 from arkinfer.checkpoint.gguf_blocks import GgufWeight
 from arkinfer.checkpoint.gguf_file import GgufTensor, read_gguf, unsound
 from arkinfer.checkpoint.stored import StoredWeight
@@ -68,8 +68,8 @@ class GgufCheckpoint(Checkpoint):
         return self.path.stem
 
     def asset(self, name: str) -> bytes | None:
-        beside = self.path.parent / name
-        if beside.is_file():
+        beside = locate(self.path.parent, name)
+        if beside is not None:
             return read_text(beside)
         if name == "tokenizer.json":
             return vocabulary.from_gguf(self._metadata, self.path)

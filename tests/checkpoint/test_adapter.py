@@ -185,6 +185,15 @@ def test_missing_files(base: Path, tmp_path: Path) -> None:
         open_checkpoint(base, adapter=adapter)
 
 
+def test_links_that_leave_the_folder(base: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "lora", factors(base))
+    (adapter / "adapter_model.safetensors").rename(tmp_path / "elsewhere")
+    (adapter / "adapter_model.safetensors").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="leaves") as caught:
+        open_checkpoint(base, adapter=adapter)
+    assert caught.value.code == "ARK-E162"
+
+
 def test_a_damaged_file(base: Path, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "lora", factors(base))
     file = adapter / "adapter_model.safetensors"

@@ -139,6 +139,10 @@ def test_tokenizer_settings_and_template(folder: Path, tmp_path: Path) -> None:
     assert (settings["bos_token"], settings["eos_token"], settings["add_bos_token"]) == ("<s>", "</s>", True)
     (tmp_path / "tokenizer.json").write_text("{}")
     assert checkpoint.asset("tokenizer.json") == b"{}", "a file beside goes first"
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.json").symlink_to(folder / "tokenizer.json")
+    with pytest.raises(UserError, match="leaves"):
+        checkpoint.asset("tokenizer.json")
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
