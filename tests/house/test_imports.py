@@ -40,7 +40,18 @@ OWNERS = {
     # Layouts and references of the CUDA kernels are plain torch; their code is not, and no exporter loads it.
     **{
         f"exporters/kernels/triton/{name}.py": {"torch"}
-        for name in ("append", "attention", "elementwise", "embedding", "layout", "linear", "norm", "sampling")
+        for name in (
+            "append",
+            "attention",
+            "compress",
+            "elementwise",
+            "embedding",
+            "layout",
+            "linear",
+            "norm",
+            "sampling",
+            "select",
+        )
     },
 }
 # Torch-free parts of `arkinfer/`: loaded by `import arkinfer`, every --help, and on devices.

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
+from arkinfer.config import SparseConfig
 from arkinfer.exporters.kernels.triton.kernel import Argument, Kernel, Variant, ceil_div, power_of_two
-
-BLOCK = 64  # keys of a tile
+from arkinfer.ops.infllm import sparse_attention
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Attention:
     """q (n, heads, head_dim) against caches of ``context`` tokens.
 
     ``splits`` blocks share the keys of a kv head in decode. ``budget`` > 0: blocks (n, kv_heads, budget) and counts
-    (n, kv_heads) say which blocks of 64 keys a row reads; count -1 means all.
+    (n, kv_heads) say which blocks of ``block`` keys a row reads; count -1 means all. ``block`` is also a tile of keys.
     """
 
     heads: int
@@ -33,6 +33,7 @@ class Attention:
     kv: str = "float16"
     splits: int = 1
     budget: int = 0
+    block: int = 64
 
     @property
     def group(self) -> int:
@@ -86,6 +87,15 @@ def _prefill_arguments(options: Attention) -> tuple[Argument, ...]:
     )
 
 
+def _sparse_arguments(options: Attention) -> tuple[Argument, ...]:
+    return (
+        Argument("q", "float16", ("n", options.heads, options.head_dim)),
+        *_cache(options),
+        *_chosen(options, "n"),
+        Argument("out", "float16", ("n", options.heads, options.head_dim), "out"),
+    )
+
+
 def _constants(options: Attention) -> dict[str, int | float | bool | str]:
     return {
         "KV_HEADS": options.kv_heads,
@@ -95,7 +105,7 @@ def _constants(options: Attention) -> dict[str, int | float | bool | str]:
         "CONTEXT": options.context,
         "SCALE": options.scale,
         "INT8": options.kv == "int8",
-        "BLOCK": BLOCK,
+        "BLOCK": options.block,
     }
 
 
@@ -124,6 +134,14 @@ def _prefill_variant(options: Attention, arch: str) -> Variant:
     return Variant(constants, (f"(n + {tokens - 1}) // {tokens}", str(options.kv_heads), "1"), 4, 2)
 
 
+def _sparse_variant(options: Attention, arch: str) -> Variant:
+    constants = _constants(options) | {
+        "BUDGET": options.budget,
+        "GROUP_TILE": max(16, power_of_two(options.group)),
+    }
+    return Variant(constants, ("n", str(options.kv_heads), "1"), 4, 2)
+
+
 def _keys(options: Attention, arguments: Mapping[str, torch.Tensor], stop: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return cached keys and values (kv_heads, stop, head_dim) float32 as the kernels see them."""
     k, v = (arguments[name][:, :stop].float() for name in ("k", "v"))
@@ -135,7 +153,7 @@ def _keys(options: Attention, arguments: Mapping[str, torch.Tensor], stop: int) 
 
 def _blocks_of_row(options: Attention, arguments: Mapping[str, torch.Tensor], head: int, position: int) -> list[int]:
     """Return the blocks that the one row of decode reads for kv head ``head``, ascending."""
-    every = list(range(position // BLOCK + 1))
+    every = list(range(position // options.block + 1))
     if not options.budget:
         return every
     count = int(arguments["counts"][0, head])
@@ -155,7 +173,9 @@ def _decode_reference(options: Attention, arguments: Mapping[str, torch.Tensor],
             mine = blocks[split * each : (split + 1) * each]
             if not mine:
                 continue
-            ids = torch.tensor([key for block in mine for key in range(block * BLOCK, (block + 1) * BLOCK)])
+            ids = torch.tensor(
+                [key for block in mine for key in range(block * options.block, (block + 1) * options.block)]
+            )
             ids = ids[ids <= position]
             logits = q[head] @ k[head, ids].T * options.scale  # (group, keys)
             arguments["lse"][head, split] = logits.logsumexp(dim=1)
@@ -182,6 +202,21 @@ def _prefill_reference(options: Attention, arguments: Mapping[str, torch.Tensor]
     arguments["out"][:rows] = mixed[0].transpose(0, 1).half()
 
 
+def _sparse_reference(options: Attention, arguments: Mapping[str, torch.Tensor], n: int, r: int) -> None:
+    start = int(arguments["control"][0])
+    sparse = arguments["counts"][:, 0] >= 0
+    if not bool(sparse.any()):
+        return
+    k, v = (part.transpose(0, 1) for part in _keys(options, arguments, start + n))
+    q = arguments["q"][sparse].float()
+    blocks, counts = arguments["blocks"][sparse].long(), arguments["counts"][sparse]
+    blocks = torch.where(torch.arange(options.budget) < counts[..., None], blocks, -1)
+    config = SparseConfig(block_size=options.block, kernel_size=2 * options.block, kernel_stride=options.block)
+    positions = (torch.arange(n) + start)[sparse]
+    arguments["out"][sparse] = sparse_attention(q, k, v, blocks, positions, config, options.scale).half()
+
+
 DECODE = Kernel("attention:decode", Attention, _decode_arguments, _decode_variant, _decode_reference)
 COMBINE = Kernel("attention:combine", Attention, _combine_arguments, _combine_variant, _combine_reference)
 PREFILL = Kernel("attention:prefill", Attention, _prefill_arguments, _prefill_variant, _prefill_reference)
+SPARSE = Kernel("attention:sparse", Attention, _sparse_arguments, _sparse_variant, _sparse_reference)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,6 +62,47 @@ def _attention() -> Iterator[Case]:
     yield Case("attention_prefill", sparse, n=50, position=240, dense_len=271)
 
 
+def _chosen(options: dict[str, Any], n: int, position: int, dense_len: int) -> dict[str, list[Any]]:
+    """Return blocks and counts of a step: each sparse row takes its own block and some that were before it."""
+    blocks, counts = [], []
+    generator = random.Random(n)
+    for row in range(position, position + n):
+        lists, lengths = [], []
+        for _ in range(options["kv_heads"]):
+            own = row // options["block"]
+            earlier = generator.sample(range(own), min(own, generator.randrange(options["budget"])))
+            ids = sorted([own, *earlier])
+            lists.append(ids + [-1] * (options["budget"] - len(ids)))
+            lengths.append(len(ids) if row + 1 >= dense_len else -1)
+        blocks.append(lists)
+        counts.append(lengths)
+    return {"blocks": blocks, "counts": counts}
+
+
+def _sparse() -> Iterator[Case]:
+    fields = {"heads": 6, "kv_heads": 2, "head_dim": 24, "context": 448, "scale": 0.3}
+    sizes = {"block_size": 16, "kernel_size": 8, "kernel_stride": 4}
+    keys = {"kv_heads": 2, "head_dim": 24, "context": 448, "kernel_size": 8, "kernel_stride": 4}
+    for n, position in ((1, 6), (1, 7), (1, 31), (50, 0), (33, 100)):
+        yield Case("compress", {**keys, "kv": "int8" if n > 1 else "float16"}, n=n, position=position)
+    rules = {"init_blocks": 1, "local_blocks": 2, "budget": 5}
+    for rule, lse, splits in (("inclusive", "coarse", 1), ("exclusive", "exact", 3)):
+        options = {**fields, **sizes, **rules, "local_rule": rule, "lse": lse, "splits": splits}
+        # The first rows see no kernel, and no coarse one; in the last step some rows are dense.
+        for n, position, dense_len in ((40, 0, 0), (1, 400, 0), (21, 300, 311), (7, 100, 300)):
+            step = {"n": n, "position": position, "dense_len": dense_len}
+            yield Case("select_lse", options, **step)
+            yield Case("select_scores", options, **step)
+            yield Case("select_blocks", options, **step)
+    wide = {**fields, **sizes, "init_blocks": 3, "local_blocks": 9, "budget": 4, "heads": 32}
+    yield Case("select_scores", wide, n=3, position=401)
+    yield Case("select_blocks", wide, n=3, position=401)  # more forced blocks than the budget holds
+    for kv, n, position in (("float16", 9, 200), ("int8", 3, 430)):
+        options = {**fields, "budget": 6, "block": 16, "kv": kv}
+        values = _chosen(options, n, position, 203)
+        yield Case("attention_sparse", options, n=n, position=position, dense_len=203, values=values)
+
+
 def cases() -> list[Case]:
     """Return every case."""
     found = [
@@ -87,4 +129,4 @@ def cases() -> list[Case]:
         Case("rope_append", {**shape, "kv": "int8", "norm_eps": 1e-6}, n=3, position=30),
         Case("rope_append", {**shape, "nope": True, "head_dim": 64}, n=1, position=63),
     ]
-    return [*found, *_linear(), *_attention()]
+    return [*found, *_linear(), *_attention(), *_sparse()]

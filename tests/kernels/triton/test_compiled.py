@@ -16,6 +16,16 @@ pytest.importorskip("triton")
 
 SHAPE = {"heads": 32, "kv_heads": 2, "head_dim": 128, "context": 32768}
 ATTENTION = {**SHAPE, "scale": 0.088}
+WINDOWS = {"kernel_size": 32, "kernel_stride": 16}
+SELECT = {
+    **ATTENTION,
+    **WINDOWS,
+    "context": 131072,
+    "block_size": 64,
+    "init_blocks": 1,
+    "local_blocks": 32,
+    "budget": 96,
+}
 MATRIX = {"rows": 4096, "width": 4096}
 
 # One set of options for each kernel and weight format, in the sizes of MiniCPM4-8B.
@@ -40,6 +50,12 @@ OPTIONS: dict[str, tuple[str, dict[str, object]]] = {
     "combine": ("attention_combine", {**ATTENTION, "splits": 64}),
     "prefill": ("attention_prefill", ATTENTION),
     "prefill int8": ("attention_prefill", {**ATTENTION, "kv": "int8", "budget": 96}),
+    "sparse": ("attention_sparse", {**ATTENTION, "budget": 96}),
+    "sparse int8": ("attention_sparse", {**ATTENTION, "budget": 96, "kv": "int8"}),
+    "compress": ("compress", {"kv_heads": 2, "head_dim": 128, "context": 131072, **WINDOWS, "kv": "int8"}),
+    "select_lse": ("select_lse", {**SELECT, "splits": 16}),
+    "select_scores": ("select_scores", {**SELECT, "splits": 16}),
+    "select_blocks": ("select_blocks", SELECT),
     "swiglu": ("swiglu", {"width": 16384}),
     "take_rows": ("take_rows", {"width": 4096}),
     "scale": ("scale", {"width": 73448, "factor": 0.0625}),

@@ -1,4 +1,4 @@
-"""Code of `attention.py`: flash attention over tiles of 64 cached keys, tile rows being query heads of one kv head."""
+"""Code of `attention.py`: flash attention over tiles of cached keys, tile rows being query heads of one kv head."""
 
 from arkinfer.exporters.kernels.triton.device.language import jit, tl
 
@@ -137,3 +137,34 @@ def prefill(
         )  # fmt: skip
     mixed = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out + place, mixed.to(tl.float16), mask=real)
+
+
+@jit
+def sparse(
+    q, k, v, k_scale, v_scale, control, blocks, counts, out,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, CONTEXT: tl.constexpr,
+    SCALE: tl.constexpr, INT8: tl.constexpr, BLOCK: tl.constexpr, BUDGET: tl.constexpr, GROUP_TILE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    chosen = row * KV_HEADS + head
+    count = tl.load(counts + chosen)
+    if count < 0:  # a dense row: not this kernel's
+        return
+    position = tl.load(control) + row
+    g = tl.arange(0, GROUP_TILE)
+    d = tl.arange(0, PADDED_DIM)
+    real = (g < GROUP)[:, None] & (d < DIM)[None, :]
+    place = (chosen * GROUP + g)[:, None] * DIM + d[None, :]
+    queries = tl.load(q + place, mask=real, other=0.0)
+    highest = tl.full((GROUP_TILE,), -float("inf"), tl.float32)
+    total = tl.zeros((GROUP_TILE,), tl.float32)
+    mixed = tl.zeros((GROUP_TILE, PADDED_DIM), tl.float32)
+    for index in range(count):
+        key = tl.load(blocks + chosen * BUDGET + index) * BLOCK + tl.arange(0, BLOCK)
+        inside = key <= position
+        highest, total, mixed = _attend(
+            queries, k, v, k_scale, v_scale, head * CONTEXT, key, inside[None, :], inside, highest, total, mixed,
+            DIM, PADDED_DIM, SCALE, INT8,
+        )  # fmt: skip
+    tl.store(out + place, (mixed / tl.where(total == 0.0, 1.0, total)[:, None]).to(tl.float16), mask=real)
