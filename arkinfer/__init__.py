@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from arkinfer.artifact import Artifact as Artifact
     from arkinfer.pipeline import build as build
     from arkinfer.pipeline import verify_artifact as verify
+    from arkinfer.planning import plan as plan
     from arkinfer.runtime.engine import Engine as Engine
     from arkinfer.runtime.engine import load as load
     from arkinfer.targets import Target as Target
@@ -29,6 +30,7 @@ _PUBLIC = {
     "build": ("arkinfer.pipeline", "build"),
     "load": ("arkinfer.runtime.engine", "load"),
     "ops": ("arkinfer.ops", ""),
+    "plan": ("arkinfer.planning", "plan"),
     "verify": ("arkinfer.pipeline", "verify_artifact"),
 }
 
@@ -47,4 +49,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_PUBLIC})
 
 
-__all__ = ["Artifact", "Engine", "Target", "__version__", "build", "load", "verify"]
+__all__ = ["Artifact", "Engine", "Target", "__version__", "build", "load", "plan", "verify"]

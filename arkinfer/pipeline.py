@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import arkinfer
-from arkinfer import backends, exporters, passes, structure, targets
+from arkinfer import backends, exporters, passes, planning, structure, targets
 from arkinfer import graph as graphs
 from arkinfer import parity as verification
 from arkinfer import quality as qualities
@@ -21,7 +21,7 @@ from arkinfer.config import ModelConfig
 from arkinfer.errors import UnsupportedError, UserError, nearest
 from arkinfer.exporters.base import BuildOptions
 from arkinfer.graph import ModelGraph
-from arkinfer.passes import formats
+from arkinfer.options import fallback, resolve
 from arkinfer.quant import pgptq
 from arkinfer.recipe import Recipe, Rounding, Rule, choose
 from arkinfer.reference import Reference, WeightSource
@@ -30,11 +30,6 @@ from arkinfer.weights import CheckpointWeights
 
 Progress = Callable[[str, int, int], None]
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
-KV = ("fp32", "fp16", "int8")
-ATTENTION = ("auto", "dense", "sparse")
-_FLOAT_WEIGHTS = (
-    "int8"  # what `auto` makes of a checkpoint that is neither quantised nor ternary, unless the target says
-)
 
 
 @dataclass(frozen=True)
@@ -46,6 +41,10 @@ class Lowered:
 
 
 def _quiet(stage: str, done: int, total: int) -> None:
+    pass
+
+
+def _unheard(text: str) -> None:
     pass
 
 
@@ -87,6 +86,7 @@ def build(
     offline: bool = False,
     adapter: str | Path | None = None,
     progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Artifact:
     """Compile ``model`` for ``target`` and return the sealed artifact.
 
@@ -104,8 +104,11 @@ def build(
     ``quality``: on measures what that costs against the checkpoint's own weights, off does not; auto measures small
     models (see arkinfer.quality) unless ``verify`` is none.
 
-    Raises UserError for bad input, UnsupportedError where the target cannot run the model, ParityError when the result
-    differs from the torch reference; in all of these cases nothing is left at ``out``.
+    Before the long work starts, ``say`` is told in one line what it will take, and warned where the artifact will not
+    fit the target's memory.
+
+    Raises UserError for bad input and a full disk, UnsupportedError where the target cannot run the model, ParityError
+    when the result differs from the torch reference; in all of these cases nothing is left at ``out``.
     """
     report = progress or _quiet
     description = targets.load(str(target))
@@ -114,19 +117,19 @@ def build(
         raise UserError(f"verify is fast, full or none, not {verify!r}", hint=nearest(verify, ["fast", "full", "none"]))
     checkpoint = open_checkpoint(model, revision, offline, adapter=adapter)
     measured = qualities.wanted(quality, verify, checkpoint.parameters)
-    options = _options(checkpoint.config, description, kv, attention, context)
+    options = resolve(checkpoint.config, description, kv, attention, context)
     rounding = Rounding.of(description.defaults, group, head, method, rules)
     destination = Path(out) if out is not None else Path(f"{checkpoint.name}-{description.name}.ark")
+    expected = structure.shapes(checkpoint.config)
+    structure.require(checkpoint.layouts(), expected)
+    body = structure.body(checkpoint.config)
+    recipe = choose(weights, fallback(description), body, expected, checkpoint, activations, rounding)
+    line, warnings = planning.outlook(checkpoint, recipe, description, options, destination)
+    for text in (line, *(f"warning: {warning}" for warning in warnings)):
+        (say or _unheard)(text)
     with Writer(destination, force) as writer, closing(exporter):
         exporter.prepare(description)
         report("graph", 0, 1)
-        default = description.defaults.weights
-        fallback = _FLOAT_WEIGHTS if default in (None, "auto") else default
-
-        def recipe(graph: ModelGraph) -> Recipe:
-            used = (source for weight in graph.weights.values() for source in weight.sources)
-            return choose(weights, fallback, formats.body(graph), used, checkpoint, activations, rounding)
-
         lowered = lower(checkpoint.config, options.context, recipe, checkpoint.layouts(), options.kv)
         report("graph", 1, 1)
         refused = exporter.support(lowered.graph, description, options)
@@ -202,32 +205,6 @@ def _compare(
         return verification.compare(executor, reference, texts, suite, path, progress)
     finally:
         executor.close()
-
-
-def _options(
-    config: ModelConfig, target: targets.Target, kv: str | None, attention: str, context: int | None
-) -> BuildOptions:
-    kv = kv or target.defaults.kv or "fp16"
-    if kv not in KV:
-        raise UserError(f"unknown kv {kv!r}", hint=nearest(kv, KV), code="ARK-E133")
-    if attention not in ATTENTION:
-        raise UserError(f"unknown attention {attention!r}", hint=nearest(attention, ATTENTION), code="ARK-E134")
-    if attention == "sparse" and config.sparse is None:
-        raise UserError(
-            "this model has no sparse attention: its config.json has no sparse_config",
-            hint="--attention dense",
-            code="ARK-E213",
-        )
-    limit = config.max_context
-    wanted = context or min(limit, target.defaults.context or limit)
-    if not 1 <= wanted <= limit:
-        raise UserError(
-            f"a context of {wanted} tokens is not possible",
-            facts={"the model's limit": limit},
-            hint=f"--context {limit}, or raise max_position_embeddings if the model was extended",
-            code="ARK-E135",
-        )
-    return BuildOptions(kv, attention, wanted)
 
 
 def _copy_assets(checkpoint: Checkpoint, writer: Writer) -> None:

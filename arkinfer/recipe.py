@@ -21,6 +21,7 @@ GROUPS = (32, 64, 128)
 METHODS = ("search", "pgptq")
 INT8_GROUP = 128
 INT4_GROUP = 64
+RELEASED_GROUP = 128  # of ternary weights that are not here to be looked at
 _DENSE = {"fp16": "F16", "fp32": "F32"}
 
 
@@ -235,7 +236,13 @@ def choose(
     quantised = {layouts[source].format for source in free if layouts[source].quantised}
     if weights in ("auto", "ternary"):
         for source in free:
-            if not layouts[source].quantised and (group_found := ternary.detect(checkpoint.weight(source))) is not None:
+            if layouts[source].quantised:
+                continue
+            if checkpoint.headers_only:  # nothing to look at: plan takes the user's word
+                group_found = RELEASED_GROUP if weights == "ternary" else None
+            else:
+                group_found = ternary.detect(checkpoint.weight(source))
+            if group_found is not None:
                 layouts[source] = replace(layouts[source], format="ternary", group=group_found, scheme="ternary")
         found = [source for source in free if layouts[source].format == "ternary"]
         if weights == "ternary" and not found:

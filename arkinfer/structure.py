@@ -106,6 +106,12 @@ class Structure:
             self.matrices.append(Matrix(HEAD, (HEAD,), (config.vocab_size, config.hidden_size), True))
         # Norm weights and biases: stored as float32 vectors.
         self.vectors = [shape[0] for shape in found.values() if len(shape) == 1]
+        self.biases = [shape[0] for name, shape in found.items() if name.endswith(".bias")]
+
+    def orders(self) -> int:
+        """Return how many column indices are stored: matrices whose columns lie in one order share them."""
+        found = {how.order: matrix.shape[1] for matrix in self.matrices if (how := self.storage(matrix)).order}
+        return sum(found.values())
 
     def storage(self, matrix: Matrix) -> Storage:
         return self.recipe.storage(matrix, matrix.table)

@@ -21,6 +21,7 @@ RULES = ("fp32", "fp16", "int8", "int4")
 GROUPS = (32, 64, 128)
 HEADS = ("int8", "int4")
 METHODS = ("search", "pgptq")
+COMPUTE = ("int8", "fp16", "fp32")
 
 _MAX_BYTES = 64 << 10
 _MAX_EXTENDS = 8
@@ -29,6 +30,7 @@ _MAX_AMOUNT = 10**18  # bytes, or bytes/s
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _CUDA_LEVEL = r"sm_[0-9]{2,3}"
 _UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_RATES = {"GOPS": 1e9, "TOPS": 1e12, "GFLOPS": 1e9, "TFLOPS": 1e12}
 _AMOUNT = r"[0-9]+(\.[0-9]+)? ?(KB|MB|GB|TB|KiB|MiB|GiB|TiB)"
 
 
@@ -55,7 +57,8 @@ class Target:
 
     ``arch`` lists instruction set levels or GPU architectures, the preferred first. ``memory`` is what weights, caches
     and workspace may take in bytes and ``bandwidth`` the memory's read rate in bytes/s, each None where the machine at
-    hand decides. ``toolchain`` maps package names to version ranges.
+    hand decides. ``compute`` maps number formats (int8, fp16, fp32) to operations per second, None likewise;
+    ``toolchain`` package names to version ranges.
     """
 
     name: str
@@ -64,13 +67,15 @@ class Target:
     arch: tuple[str, ...]
     memory: int | None = None
     bandwidth: float | None = None
+    compute: Mapping[str, float | None] = field(default_factory=dict)
     toolchain: Mapping[str, str] = field(default_factory=dict)
     defaults: TargetDefaults = TargetDefaults()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the target as plain JSON values."""
         defaults = {**asdict(self.defaults), "rules": list(self.defaults.rules)}
-        return {**asdict(self), "arch": list(self.arch), "toolchain": dict(self.toolchain), "defaults": defaults}
+        tables = {"compute": dict(self.compute), "toolchain": dict(self.toolchain), "defaults": defaults}
+        return {**asdict(self), "arch": list(self.arch), **tables}
 
 
 def read(file: Path, resolve: Callable[[str | Path], Target], above: tuple[Path, ...] = ()) -> Target:
@@ -92,7 +97,7 @@ def read(file: Path, resolve: Callable[[str | Path], Target], above: tuple[Path,
             parent = resolve(extends)
         base = parent.to_dict()
     merged = {**base, "name": file.stem, **values}
-    for key in ("defaults", "toolchain"):
+    for key in ("compute", "defaults", "toolchain"):
         merged[key] = {**base.get(key, {}), **values.get(key, {})}
     if missing := [key for key, rule in FIELDS.items() if rule.required and key not in merged]:
         raise UserError(
@@ -128,6 +133,16 @@ def _amount(value: int | float | str | None) -> float | None:
         return value
     number, unit = re.fullmatch(r"([0-9.]+) ?([A-Za-z]+)(?:/s)?", value).groups()  # type: ignore[union-attr]
     return float(number) * _UNITS[unit]
+
+
+def _operations(values: Mapping[str, int | float | str | None]) -> dict[str, float | None]:
+    def rate(value: int | float | str | None) -> float | None:
+        if not isinstance(value, str):
+            return value
+        number, unit = re.fullmatch(r"([0-9.]+) ?([A-Z]+)", value).groups()  # type: ignore[union-attr]
+        return float(number) * _RATES[unit]
+
+    return {name: rate(value) for name, value in values.items()}
 
 
 def _bytes(value: int | str | None) -> int | None:
@@ -200,6 +215,24 @@ FIELDS: Mapping[str, Rule] = {
             "description": "Read rate of the memory (204.8 GB/s); null: measure",
         },
         convert=_amount,
+    ),
+    "compute": Rule(
+        {
+            "type": "object",
+            "properties": {
+                name: {
+                    "type": ["number", "string", "null"],
+                    "minimum": 1,
+                    "maximum": _MAX_AMOUNT,
+                    "pattern": r"^[0-9]+(\.[0-9]+)? ?(GOPS|TOPS|GFLOPS|TFLOPS)$",
+                    "description": f"Dense operations a second in {name} (275 TOPS); null: measure",
+                }
+                for name in COMPUTE
+            },
+            "additionalProperties": False,
+            "description": "Peak rates of arithmetic, for `arkinfer plan`",
+        },
+        convert=_operations,
     ),
     "toolchain": Rule(
         {

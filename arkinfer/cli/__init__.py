@@ -18,6 +18,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 # Command -> what it does. The command `name` is `command` in arkinfer/cli/name.py.
 COMMANDS = {
+    "plan": "Say what a build would take, and whether it fits.",
     "build": "Compile a model for a target into an artifact.",
     "run": "Answer one prompt.",
     "chat": "Talk with a model.",

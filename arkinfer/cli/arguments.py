@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import click
 
+from arkinfer.amounts import size as size
+
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
@@ -56,6 +58,62 @@ def artifact_option(function: Function) -> Function:
 def json_option(function: Function) -> Function:
     """Add ``--json``."""
     return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(function)
+
+
+def build_options(function: Function) -> Function:
+    """Add what `build` and `plan` have in common: the target, and how weights, caches and attention are to be."""
+    for option in reversed(
+        [
+            click.option(
+                "--target", default="cpu", show_default=True, metavar="NAME|FILE.yaml", shell_complete=complete_targets
+            ),
+            click.option(
+                "--weights",
+                type=click.Choice(["auto", "fp32", "fp16", "int8", "int4", "ternary"]),
+                default="auto",
+                show_default=True,
+                help="How weights are stored; auto keeps quantised and ternary checkpoints as they are.",
+            ),
+            click.option(
+                "--kv",
+                type=click.Choice(["fp32", "fp16", "int8"]),
+                help="Type of the KV cache.  [default: the target's]",
+            ),
+            click.option("--attention", type=ATTENTION, default="auto", show_default=True),
+            click.option(
+                "--context",
+                type=click.IntRange(1),
+                help="Most tokens of a conversation.  [default: the model's limit]",
+            ),
+            click.option(
+                "--group",
+                type=click.Choice(["32", "64", "128"]),
+                help="Inputs that share a scale in int4 weights.  [default: the target's, 64]",
+            ),
+            click.option(
+                "--head",
+                type=click.Choice(["int8", "int4"]),
+                help="Format of the embedding and the output head, where weights are integers.  "
+                "[default: the target's, int8]",
+            ),
+            click.option(
+                "--method",
+                type=click.Choice(["search", "pgptq"]),
+                help="How floats become integers: search finds the scale that loses least; pgptq also corrects the "
+                "weights that are not rounded yet, by a calibration text.  [default: the target's, search]",
+            ),
+            click.option(
+                "--rule",
+                "rules",
+                multiple=True,
+                metavar="PATTERN=FORMAT[:GROUP]",
+                help="Store weights by name as fp32, fp16, int8 or int4, whatever --weights says: "
+                "'*.down_proj.*=int4:32'. Repeatable; the first that matches counts.  [default: the target's]",
+            ),
+        ]
+    ):
+        function = option(function)
+    return hub_options(function)
 
 
 def hub_options(function: Function) -> Function:
@@ -129,15 +187,6 @@ def quality_lines(artifact: Artifact) -> list[str]:
         reasons = "; ".join(map(str, faults)) if isinstance(faults, list) else faults
         lines.append(f"WARNING: quantising cost more than {quality.get('format')} should: {reasons}")
     return lines
-
-
-def size(nbytes: float) -> str:
-    """Return a number of bytes for people."""
-    units = ["B", "kB", "MB", "GB", "TB"]
-    while nbytes >= 1000 and len(units) > 1:
-        nbytes /= 1000
-        del units[0]
-    return f"{nbytes:.0f} {units[0]}" if units[0] == "B" or nbytes >= 100 else f"{nbytes:.1f} {units[0]}"
 
 
 def artifact_size(artifact: Artifact) -> int:

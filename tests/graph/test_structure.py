@@ -56,6 +56,14 @@ RECIPES: dict[str, dict[str, Any]] = {
     "int4": {"weights": "int4", "head": "int4", "group": 32},
     "ruled": {"weights": "int4", "rules": (Rule("layers.0.*.k_proj.*", "int8"), Rule("*down_proj*", "fp16"))},
     "ternary": {"weights": "ternary", "changed": {"_proj": Layout("ternary", (), "BF16", 64, scheme="ternary")}},
+    "ordered": {
+        "weights": "int4",
+        "changed": {
+            "_proj": Layout("int4", (), "F16", 32, True, "own"),
+            "down_proj": Layout("int4", (), "F16", 32, True, "other"),
+            **{name: Layout("int4", (), "F16", 32, True, "shared") for name in ("q_proj", "k_proj", "v_proj")},
+        },
+    },
     "mixed": {"weights": "int4", "changed": {"k_proj": QUANTISED, "up_proj": replace(QUANTISED, group=64)}},
 }
 
@@ -89,6 +97,8 @@ def test_structure_equals_the_graph_after_all_passes(family: str, name: str) -> 
     }
     vectors = [value.shape[0] for value in program.program.parameters if value.name.endswith(":vector")]
     assert sum(map(int, vectors)) == sum(planned.vectors)
+    orders = [value.shape[0] for value in program.program.parameters if value.name.endswith(":order")]
+    assert sum(map(int, orders)) == planned.orders()
 
 
 def test_every_operator_is_lowered_or_absorbed() -> None:

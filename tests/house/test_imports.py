@@ -64,6 +64,11 @@ LIGHT = (
     "arkinfer/config.py",
     "arkinfer/errors.py",
     "arkinfer/quant/groups.py",
+    "arkinfer/effort.py",
+    "arkinfer/estimate.py",
+    "arkinfer/options.py",
+    "arkinfer/planning.py",
+    "arkinfer/rates.py",
     "arkinfer/recipe.py",
     "arkinfer/structure.py",
 )

@@ -82,6 +82,12 @@ def test_device_side_loads_no_torch(tmp_path: Path) -> None:
     assert not modules.intersection(("torch", "onnx", "tvm", "triton", "transformers", "sympy"))
 
 
+def test_plan_loads_neither_torch_nor_a_compiler(tmp_path: Path) -> None:
+    code = "from arkinfer import planning, rates; planning.plan('tiny-bitcpm')"
+    modules, _ = _loaded(code, tmp_path)
+    assert not modules.intersection(HEAVY)
+
+
 def test_unknown_public_name() -> None:
     with pytest.raises(AttributeError, match="no attribute 'bild'"):
         _ = arkinfer.bild  # type: ignore[attr-defined]
