@@ -21,6 +21,7 @@ from arkinfer.checkpoint.grouped import (
     as_bytes,
     expect,
     grid,
+    here,
     middle,
     pack,
     read_columns,
@@ -45,12 +46,14 @@ NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)  # where the code of column 8c + j lies in its
 class AwqWeight(GroupedWeight):
     """One linear layer of an AWQ checkpoint."""
 
-    def __init__(self, tensors: Mapping[str, TensorEntry], numbers: Grid) -> None:
+    def __init__(self, tensors: Mapping[str, TensorEntry], numbers: Grid, stated_zeros: bool) -> None:
         self.grid = numbers
         self._tensors = tensors
-        zeros = bool((self.read_zeros(0, numbers.rows) != middle(BITS)).any())
+        zeros = stated_zeros
+        if here(tensors["qzeros"]):
+            zeros = bool((self.read_zeros(0, numbers.rows) != middle(BITS)).any())
         nbytes = sum(entry.nbytes for entry in tensors.values())
-        super().__init__("awq", numbers, tensors["scales"], zeros, None, nbytes)
+        super().__init__("awq", numbers, tensors["scales"], zeros, "", nbytes)
 
     def read_stream(self, start: int, stop: int) -> np.ndarray:
         return pack(_columns(self._tensors["qweight"], start, stop).T, BITS)
@@ -102,4 +105,4 @@ def weights(
     expect(f"{name}.qweight", codes, ("I32",), (width, rows // PER_WORD))
     expect(f"{name}.scales", scales, SCALES, (numbers.groups, rows))
     expect(f"{name}.qzeros", tensors["qzeros"], ("I32",), (numbers.groups, rows // PER_WORD))
-    return {f"{name}.weight": AwqWeight(tensors, numbers)}
+    return {f"{name}.weight": AwqWeight(tensors, numbers, settings.values.get("zero_point") is not False)}

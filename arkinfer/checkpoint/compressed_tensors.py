@@ -25,9 +25,11 @@ from arkinfer.checkpoint.grouped import (
     Grid,
     GroupedWeight,
     as_bytes,
+    digest,
     expect,
     grid,
     grouped_order,
+    here,
     input_order,
     middle,
     unpack,
@@ -53,10 +55,10 @@ class PackedIntegers(GroupedWeight):
     def __init__(self, name: str, tensors: Mapping[str, TensorEntry], numbers: Grid, ordered: bool) -> None:
         self.grid = numbers
         self._tensors = tensors
-        order = grouped_order(f"{name}.weight_g_idx", tensors["weight_g_idx"], numbers) if ordered else None
-        zeros = "weight_zero_point" in tensors and bool(
-            (self.read_zeros(0, numbers.rows) != middle(numbers.bits)).any()
-        )
+        order = digest(grouped_order(f"{name}.weight_g_idx", tensors["weight_g_idx"], numbers)) if ordered else ""
+        zeros = "weight_zero_point" in tensors
+        if zeros and here(tensors["weight_zero_point"]):
+            zeros = bool((self.read_zeros(0, numbers.rows) != middle(numbers.bits)).any())
         nbytes = sum(entry.nbytes for entry in tensors.values())
         super().__init__("compressed-tensors", numbers, tensors["weight_scale"], zeros, order, nbytes)
 
@@ -118,7 +120,11 @@ def weights(
         raise unsupported("quantised with one scale a matrix", settings.values, tensor=f"{name}.weight_scale")
     groups = scales.shape[1]
     if packed:
-        codes, (rows, width) = tensors["weight_packed"], _shape(name, tensors)
+        codes = tensors["weight_packed"]
+        if len(codes.shape) != 2:
+            raise misfit(f"{name}.weight_packed", "is no matrix", shape=list(codes.shape))
+        stated = _shape(name, tensors)
+        rows, width = stated or (codes.shape[0], codes.shape[1] * 32 // schemes[0][0])  # as if nothing were padding
         schemes = [scheme for scheme in schemes if codes.shape == (rows, -(-width * scheme[0] // 32))]
     else:
         codes = tensors["weight"]
@@ -148,20 +154,23 @@ def weights(
     ordered = False
     if "weight_g_idx" in tensors:
         expect(f"{name}.weight_g_idx", tensors["weight_g_idx"], ("I32",), (width,))
-        ordered = bool((read_tensor(tensors["weight_g_idx"]) != -1).any())  # -1: allocated and never filled
+        index = tensors["weight_g_idx"]
+        ordered = here(index) and bool((read_tensor(index) != -1).any())  # -1: allocated and never filled
     expect(f"{name}.{'weight_packed' if packed else 'weight'}", codes, ("I32",) if packed else ("I8",), codes.shape)
     kind = PackedIntegers if packed else PlainIntegers
     return {f"{name}.weight": kind(name, tensors, numbers, ordered)}
 
 
-def _shape(name: str, tensors: Mapping[str, TensorEntry]) -> tuple[int, int]:
-    """Return the (N, K) that a packed weight states."""
+def _shape(name: str, tensors: Mapping[str, TensorEntry]) -> tuple[int, int] | None:
+    """Return the (N, K) that a packed weight states, or None where that tensor is not here."""
     entry = tensors.get("weight_shape")
     if entry is None:
         raise misfit(f"{name}.weight_shape", "is missing")
     if entry.dtype not in ("I64", "I32"):
         raise misfit(f"{name}.weight_shape", "has a dtype that its format does not use", found=entry.dtype)
     expect(f"{name}.weight_shape", entry, ("I64", "I32"), (2,))
+    if not here(entry):
+        return None
     rows, width = (int(extent) for extent in read_tensor(entry))
     return rows, width
 
@@ -174,7 +183,7 @@ def _schemes(settings: Quantization) -> list[tuple[int, int, bool]]:
     values = settings.values
     _refuse_extras(values)
     groups = values.get("config_groups")
-    if not isinstance(groups, dict):
+    if not isinstance(groups, dict) or not groups:
         raise misfit("quantization_config", "has no config_groups")
     return [_scheme(group, values) for group in groups.values()]
 

@@ -6,6 +6,8 @@ The layout is that of AutoGPTQ's `qlinear` modules, "gptq" (v1, zeros stored les
     qzeros  (G, N * bits / 32) int32    codes of zero, in one bit stream along the rows
     scales  (G, N)                      W[n, k] = scales[g_idx[k], n] * (code[k, n] - zero[g_idx[k], n])
     g_idx   (K,) int32                  the group of each input; absent: k // group_size
+
+Words are rounded up where a side does not fill the last one.
 """
 
 from __future__ import annotations
@@ -17,13 +19,16 @@ import numpy as np
 from arkinfer.artifact.tensors import TensorEntry
 from arkinfer.checkpoint.grouped import (
     FORMATS,
+    RUN,
     SCALES,
     Grid,
     GroupedWeight,
     as_bytes,
+    digest,
     expect,
     grid,
     grouped_order,
+    here,
     input_order,
     middle,
     read_columns,
@@ -45,16 +50,27 @@ KNOWN = (
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")
 
 
+UNREAD = "stated"  # what Layout.order says where the settings tell of an order and the tensor is not here
+
+
 class GptqWeight(GroupedWeight):
     """One linear layer of a GPTQ checkpoint. ``stored_less`` is what its version subtracts from zeros: 1 or 0."""
 
-    def __init__(self, name: str, tensors: Mapping[str, TensorEntry], numbers: Grid, stored_less: int) -> None:
+    def __init__(
+        self, name: str, tensors: Mapping[str, TensorEntry], numbers: Grid, stored_less: int, settings: Quantization
+    ) -> None:
         self.grid = numbers
         self._tensors = tensors
         self._stored_less = stored_less
-        index = tensors.get("g_idx")
-        order = None if index is None else grouped_order(f"{name}.g_idx", index, numbers)
-        zeros = bool((self.read_zeros(0, numbers.rows) != middle(numbers.bits)).any())
+        order, index = "", tensors.get("g_idx")
+        if here(tensors["qzeros"]):
+            zeros = bool((self.read_zeros(0, numbers.rows) != middle(numbers.bits)).any())
+        else:
+            zeros = settings.values.get("sym") is False
+        if index is not None and here(index):
+            order = digest(grouped_order(f"{name}.g_idx", index, numbers))
+        elif index is not None and settings.flag("desc_act") and not settings.flag("static_groups"):
+            order = UNREAD
         nbytes = sum(entry.nbytes for entry in tensors.values())
         super().__init__("gptq", numbers, tensors["scales"], zeros, order, nbytes)
 
@@ -62,7 +78,8 @@ class GptqWeight(GroupedWeight):
         return input_order(self._tensors["g_idx"]) if self.layout.order else None
 
     def read_stream(self, start: int, stop: int) -> np.ndarray:
-        return as_bytes(read_columns(self._tensors["qweight"], start, stop).T)
+        stream = as_bytes(read_columns(self._tensors["qweight"], start, stop).T)
+        return np.ascontiguousarray(stream[:, : self.grid.width * self.grid.bits // 8])
 
     def read_scales(self, start: int, stop: int) -> np.ndarray:
         return read_columns(self._tensors["scales"], start, stop).T
@@ -112,7 +129,9 @@ def weights(
         size = -1 if scales.shape[0] == 1 else _members(index, width, scales.shape[0])
     else:
         size = -1 if (stated := settings.integer("group_size")) is None else stated
-    if width * bits != codes.shape[0] * 32:
+    if bits == 3 and (width % RUN or rows % RUN):
+        raise unsupported("GPTQ with 3 bits in a matrix that is not a multiple of 32", settings.values, tensor=name)
+    if codes.shape[0] != -(-width * bits // 32):
         raise misfit(f"{name}.qweight", "has the wrong shape", found=list(codes.shape), inputs=width, bits=bits)
     numbers = grid(name, rows, width, bits, size)
     expect(f"{name}.qweight", codes, ("I32",), codes.shape)
@@ -120,11 +139,11 @@ def weights(
     expect(f"{name}.qzeros", tensors["qzeros"], ("I32",), (numbers.groups, -(-rows * bits // 32)))
     if index is not None:
         expect(f"{name}.g_idx", index, ("I32",), (width,))
-    return {f"{name}.weight": GptqWeight(name, tensors, numbers, 0 if version == "gptq_v2" else 1)}
+    return {f"{name}.weight": GptqWeight(name, tensors, numbers, 0 if version == "gptq_v2" else 1, settings)}
 
 
 def _members(index: TensorEntry | None, width: int, groups: int) -> int:
     """Return how many inputs the first of several groups has."""
-    if index is None or index.dtype != "I32":
+    if index is None or index.dtype != "I32" or not here(index):
         return -(-width // max(groups, 1))
     return int(np.count_nonzero(read_tensor(index) == 0))

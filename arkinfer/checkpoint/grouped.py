@@ -51,18 +51,15 @@ class Grid:
 class GroupedWeight(StoredWeight):
     """A weight whose integers share scales, and perhaps zero points, in groups along K.
 
-    ``zeros`` says whether they are other than the middle code; ``order`` is the permutation that makes groups
-    contiguous, or None.
+    ``zeros`` says whether they are other than the middle code; ``order`` is the `digest` of the permutation that makes
+    groups contiguous, or empty.
     """
 
-    def __init__(
-        self, scheme: str, grid: Grid, scales: TensorEntry, zeros: bool, order: np.ndarray | None, nbytes: int
-    ) -> None:
+    def __init__(self, scheme: str, grid: Grid, scales: TensorEntry, zeros: bool, order: str, nbytes: int) -> None:
         self.grid = grid
         self._nbytes = nbytes
-        digest = "" if order is None else hashlib.sha256(order.tobytes()).hexdigest()[:16]
         self.layout = Layout(
-            FORMATS[grid.bits], (grid.rows, grid.width), scales.dtype, grid.group, zeros, digest, scheme, grid.bits
+            FORMATS[grid.bits], (grid.rows, grid.width), scales.dtype, grid.group, zeros, order, scheme, grid.bits
         )
 
     @property
@@ -94,6 +91,16 @@ class GroupedWeight(StoredWeight):
         weight = (stream ^ np.uint8(128)).view(np.int8) if bits == 8 else stream
         zeros = self.grid.spread(self.read_zeros(start, stop)) if self.layout.zeros else None
         return Parts(weight, self.grid.spread(self.read_scales(start, stop)), zeros)
+
+
+def here(entry: TensorEntry) -> bool:
+    """Tell whether the tensor can be read: of a checkpoint on a server, `arkinfer plan` fetches only the headers."""
+    return entry.file.exists()
+
+
+def digest(order: np.ndarray | None) -> str:
+    """Return what Layout.order says of a permutation."""
+    return "" if order is None else hashlib.sha256(order.tobytes()).hexdigest()[:16]
 
 
 def unpack(stream: np.ndarray, bits: int) -> np.ndarray:

@@ -55,7 +55,7 @@ class MarlinWeight(GroupedWeight):
 
     def __init__(self, codes: TensorEntry, scales: TensorEntry, numbers: Grid) -> None:
         self._codes, self._scales = codes, scales
-        super().__init__("marlin", numbers, scales, False, None, codes.nbytes + scales.nbytes)
+        super().__init__("marlin", numbers, scales, False, "", codes.nbytes + scales.nbytes)
 
     def read_stream(self, start: int, stop: int) -> np.ndarray:
         first, last = start // COLUMNS * COLUMNS, -(-stop // COLUMNS) * COLUMNS

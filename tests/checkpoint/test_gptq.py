@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
+from arkinfer.artifact.tensors import read_header
+from arkinfer.checkpoint import layouts
+from arkinfer.checkpoint.quantization import Quantization
 from arkinfer.errors import ArkError, UnsupportedError, UserError
 from tests.checkpoint import packers
-from tests.checkpoint.opening import module, multiplied, one, recognised
+from tests.checkpoint.opening import CONFIG, module, multiplied, one, recognised
 
 FORMATS = {2: "int2", 3: "int4", 4: "int4", 8: "int8"}
 
@@ -45,6 +49,14 @@ def test_every_value_is_the_packers(
     assert layout.zeros == (drawn.zeros != 1 << bits >> 1).any()
     assert bool(layout.order) == (np.diff(drawn.group) < 0).any()
     assert stored.nbytes == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_sides_that_do_not_fill_a_word() -> None:
+    drawn = packers.draw(18, 45, 84, 4, 28, symmetric=False, act_order=True)
+    _, values = one(packers.gptq(drawn), stated(4, 28, desc_act=True))
+    assert np.array_equal(values, drawn.matrix)
+    with pytest.raises(UnsupportedError, match="not a multiple of 32"):
+        one(packers.gptq(packers.draw(19, 45, 64, 3, 32, True)), stated(3, 32))
 
 
 def test_v2_holds_zero_points_of_zero() -> None:
@@ -88,6 +100,19 @@ def test_modules_with_settings_of_their_own(tmp_path: Path) -> None:
         assert np.array_equal(multiplied(found[f"{name}.weight"]), item.matrix)
 
 
+@pytest.mark.parametrize(("symmetric", "act_order"), [(True, False), (False, True)])
+def test_headers_alone_say_what_the_settings_say(tmp_path: Path, symmetric: bool, act_order: bool) -> None:
+    drawn = packers.draw(17, 32, 64, 4, 32, symmetric, act_order)
+    file = tmp_path / "model.safetensors"
+    save_file(module("lm_head", packers.gptq(drawn)), file)
+    entries = read_header(file)
+    file.unlink()
+    settings = Quantization.read({"quantization_config": stated(4, 32, sym=symmetric, desc_act=act_order)})
+    layout = layouts.recognise(entries, settings, CONFIG, [])["lm_head.weight"].layout
+    assert (layout.format, layout.shape, layout.group) == ("int4", (32, 64), 32)
+    assert (layout.zeros, bool(layout.order)) == (not symmetric, act_order)
+
+
 def test_a_bias_is_an_ordinary_weight(tmp_path: Path) -> None:
     tensors = packers.gptq(packers.draw(9, 32, 64, 4, 32, True)) | {"bias": np.arange(32, dtype=np.float16)}
     name = "model.layers.0.self_attn.q_proj"
@@ -126,7 +151,7 @@ def _damage(kind: str, tensors: dict[str, np.ndarray]) -> None:
     elif kind == "codes wide":
         tensors["qweight"] = tensors["qweight"].astype(np.int64)
     elif kind == "index short":
-        tensors["g_idx"] = tensors["g_idx"][:-1].copy()
+        tensors["g_idx"] = tensors["g_idx"][:-9].copy()
     elif kind == "index wide":
         tensors["g_idx"] = tensors["g_idx"].astype(np.int64)
     elif kind == "index a matrix":
