@@ -6,7 +6,7 @@ Codes are (N, K) lists of rows, zeros (N, G), scales (N, G); every writer return
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -42,8 +42,13 @@ def draw(seed: int, rows: int, width: int, bits: int, size: int, symmetric: bool
     codes = random.integers(0, 1 << bits, (rows, width))
     # A zero point of 0 is what v1 of GPTQ cannot hold in every column.
     zeros = np.full((rows, groups), 1 << bits >> 1) if symmetric else random.integers(1, 1 << bits, (rows, groups))
-    scales = (random.standard_normal((rows, groups)) * 0.05).astype(np.float16)
+    scales = (random.standard_normal((rows, groups)) * 0.4 / (1 << bits >> 1)).astype(np.float16)
     return Drawn(bits, codes, zeros, scales, group)
+
+
+def reorder(drawn: Drawn, seed: int) -> Drawn:
+    """Deal the inputs to the groups anew, by ``seed`` alone."""
+    return replace(drawn, group=np.random.default_rng(seed).permutation(drawn.group))
 
 
 def words(fields: Sequence[int], bits: int) -> list[int]:
