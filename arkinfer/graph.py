@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -139,19 +140,34 @@ class ModelGraph:
         self, values: Mapping[str, torch.Tensor], caches: Sequence[LayerCache], weights: Any
     ) -> list[torch.Tensor]:
         """Return the arguments of the graph, in order; ``weights.packed(weight)`` gives each weight's tensors."""
-        tensors = dict(zip(self.caches, (tensor for cache in caches for tensor in cache), strict=True))
-        tensors.update(self.constants)
         arguments = []
-        for node in self.placeholders():
-            weight = self.weights.get(node.name)
-            if weight is not None:
-                packed: Packed = weights.packed(replace(weight, part="weight"))
-                part = getattr(packed, weight.part)
-                part = part.float() if len(weight.shape) == 1 else part  # norms and biases compute in float32
-                arguments.append(part.reshape(node.meta["val"].shape))
-            else:
-                arguments.append(tensors[node.name] if node.name in tensors else values[node.name])
+        for name, value in self.arguments(values, caches).items():
+            weight = self.weights.get(name)
+            arguments.append(
+                value if weight is None else self.bound(name, weights.packed(replace(weight, part="weight")))
+            )
         return arguments
+
+    def arguments(self, values: Mapping[str, torch.Tensor], caches: Sequence[LayerCache]) -> dict[str, Any]:
+        """Return the arguments of the graph by placeholder, in order; those of weights are None."""
+        tensors = dict(zip(self.caches, (tensor for cache in caches for tensor in cache), strict=True))
+        given = {**values, **tensors, **self.constants}
+        return {node.name: None if node.name in self.weights else given[node.name] for node in self.placeholders()}
+
+    def bound(self, name: str, packed: Packed) -> torch.Tensor:
+        """Return what the weight input ``name`` is in ``packed``, the canonical form of its weight."""
+        weight = self.weights[name]
+        part: torch.Tensor = getattr(packed, weight.part)
+        part = part.float() if len(weight.shape) == 1 else part  # norms and biases compute in float32
+        return part.reshape(self._shapes[name])
+
+    @cached_property
+    def _shapes(self) -> dict[str, torch.Size]:
+        return {node.name: node.meta["val"].shape for node in self.placeholders() if node.name in self.weights}
+
+    def weight_bytes(self) -> int:
+        """Return the bytes of all weight inputs, as packed."""
+        return sum(node.meta["val"].nbytes for node in self.placeholders() if node.name in self.weights)
 
     def with_attention(self, attention: str) -> ModelGraph:
         """Return a copy whose attention is "dense" or "sparse" throughout; "auto" keeps each row's own gear."""

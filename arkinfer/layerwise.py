@@ -20,7 +20,7 @@ from arkinfer.config import ModelConfig
 from arkinfer.graph import ModelGraph, Weight
 from arkinfer.models.decoder import Layer, Linear, RMSNorm
 from arkinfer.quant.packed import Packed, dequantise
-from arkinfer.reference import WeightSource
+from arkinfer.reference import RowSource
 
 Fetch = Callable[[str], Packed]
 
@@ -110,7 +110,7 @@ class Layerwise:
                 part.weight = _parameter(self._fetch(f"{path}.weight").weight.float())
 
 
-def fetch_from(graph: ModelGraph, layouts: Mapping[str, Layout], weights: WeightSource) -> Fetch:
+def fetch_from(graph: ModelGraph, layouts: Mapping[str, Layout], weights: RowSource) -> Fetch:
     """Return what fetches single weights of the checkpoint out of those of ``graph``, each of which stacks some."""
     places: dict[str, tuple[Weight, int, int]] = {}
     for weight in graph.weights.values():
@@ -121,7 +121,7 @@ def fetch_from(graph: ModelGraph, layouts: Mapping[str, Layout], weights: Weight
 
     def fetch(name: str) -> Packed:
         weight, start, stop = places[name]
-        return rows_of(weights.packed(replace(weight, part="weight")), slice(start, stop))
+        return weights.rows(replace(weight, part="weight"), start, stop)
 
     return fetch
 

@@ -197,16 +197,27 @@ class _Rows:
     finite: bool
 
 
-def _rows(reference: Reference, other: Any, found: Sequence[Sequence[int]], progress: Progress | None) -> _Rows:
-    """Feed ``found`` to both sides in uneven chunks and compare every next-token distribution."""
+def _rows(
+    reference: Reference,
+    other: Any,
+    found: Sequence[Sequence[int]],
+    progress: Progress | None = None,
+    size: int = CHUNK,
+) -> _Rows:
+    """Compare every next-token distribution of ``found``: the reference reads whole windows, the other ``size`` tokens
+    at a time.
+
+    The reference of a large model fetches all its weights anew at each step.
+    """
     total, done = sum(len(window) for window in found), 0
     columns: list[list[np.ndarray]] = [[], [], [], []]
     finite = True
     for window in found:
         ours, theirs = reference.new_state(len(window)), other.new_state(len(window))
-        for start in range(0, len(window), CHUNK):
-            chunk = window[start : start + CHUNK]
-            right, got = reference.step(chunk, ours, "all"), other.step(chunk, theirs, "all")
+        whole = reference.step(window, ours, "all")
+        for start in range(0, len(window), size):
+            chunk = window[start : start + size]
+            right, got = whole[start : start + size], other.step(chunk, theirs, "all")
             finite = finite and bool(np.isfinite(got).all())
             got = np.nan_to_num(got)
             two = np.partition(right, -2, axis=1)[:, -2:]
@@ -237,7 +248,7 @@ def compare(
     found, digest = texts
     rows = _rows(reference, executor, found, progress)
     if path == "int8":
-        floor = _rows(reference, reference.perturbed(), found[:FLOOR_WINDOWS], None)
+        floor = _rows(reference, reference.perturbed(), found[:FLOOR_WINDOWS], size=WINDOW)
         gate = int8_gate(floor.kl, float(floor.agreed.mean()))
     else:
         gate = GATES[path]

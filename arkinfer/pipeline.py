@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import arkinfer
-from arkinfer import backends, exporters, passes, planning, structure, targets
+from arkinfer import backends, exporters, passes, planning, resume, structure, targets
 from arkinfer import graph as graphs
 from arkinfer import parity as verification
 from arkinfer import quality as qualities
@@ -104,11 +104,17 @@ def build(
     ``quality``: on measures what that costs against the checkpoint's own weights, off does not; auto measures small
     models (see arkinfer.quality) unless ``verify`` is none.
 
+<<<<<<< HEAD
     Before the long work starts, ``say`` is told in one line what it will take, and warned where the artifact will not
     fit the target's memory.
 
     Raises UserError for bad input and a full disk, UnsupportedError where the target cannot run the model, ParityError
     when the result differs from the torch reference; in all of these cases nothing is left at ``out``.
+=======
+    Raises UserError for bad input, UnsupportedError where the target cannot run the model, ParityError when the result
+    differs from the torch reference; in all of these cases nothing is left at ``out``. When it is interrupted, or the
+    disk is full, the weights that are finished stay in a hidden folder beside ``out``: an equal call goes on with them.
+>>>>>>> c9d873c (Stream weights through the exporter in slices; go on with interrupted builds)
     """
     report = progress or _quiet
     description = targets.load(str(target))
@@ -139,13 +145,14 @@ def build(
                 facts={f"reason {index}": reason for index, reason in enumerate(refused, 1)},
                 code="ARK-E302",
             )
+        journal = writer.resume(resume.key(checkpoint, lowered.graph, lowered.recipe, description, options))
         _copy_assets(checkpoint, writer)
         encode = Tokenizer.from_file(writer.path("tokenizer.json")).encode
         rounded = checkpoint
         if lowered.recipe.method == "pgptq":
             rounded = pgptq.quantise(checkpoint, lowered.recipe, encode, writer.scratch, report)
         source = CheckpointWeights(rounded)
-        payload = exporter.export(lowered.graph, source, description, options, writer.path, report)
+        payload = exporter.export(lowered.graph, source, description, options, writer.path, report, journal)
         writer.path("payload/graph.txt").write_text(lowered.graph.dump(), encoding="utf-8")
         fields = {
             "name": destination.name.removesuffix(".ark"),
@@ -172,7 +179,8 @@ def build(
         }
         if verify != "none":
             staged = writer.preview(fields)
-            outcome = _compare(staged, lowered, source, options, verify, report)
+            packed = exporter.weights(lowered.graph, staged.file, payload.origins)
+            outcome = _compare(staged, lowered, packed, options, verify, report)
             verification.require(outcome)
             fields["parity"] = outcome.to_dict()
         fields["quality"] = qualities.examine(

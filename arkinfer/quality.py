@@ -22,7 +22,7 @@ from arkinfer.layerwise import Layerwise, fetch_from
 from arkinfer.parity import TEXTS, agreement, divergence, log_softmax, whole_texts
 from arkinfer.quant.packed import DTYPES, Packed, read
 from arkinfer.recipe import HEADS, Recipe
-from arkinfer.reference import WeightSource
+from arkinfer.reference import RowSource
 
 Progress = Callable[[str, int, int], None]
 
@@ -66,7 +66,7 @@ def examine(
     checkpoint: Checkpoint,
     graph: ModelGraph,
     recipe: Recipe,
-    weights: WeightSource,
+    weights: RowSource,
     encode: Callable[[str], Sequence[int]],
     measured: bool,
     progress: Progress,

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import torch
 
@@ -15,36 +13,37 @@ from arkinfer.graph import Weight
 from arkinfer.quant import integer, ternary
 from arkinfer.quant.packed import Packed, concatenate, dequantise, read, with_group
 
-ROWS = 2048  # rows read and packed at a time: bounds the float32 copies that quantising makes
+ROWS = 1024  # rows read and packed at a time
 
 
 class CheckpointWeights:
-    """Packs weights on demand and keeps the recent ones, so that export and verification pack a small model once."""
+    """Packs weights on demand, some rows at a time: nothing is kept."""
 
-    def __init__(self, checkpoint: Checkpoint, keep_bytes: int = 1 << 30) -> None:
+    def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._keep_bytes = keep_bytes
-        self._kept: OrderedDict[Weight, Packed] = OrderedDict()
+
+    def rows(self, weight: Weight, start: int, stop: int) -> Packed:
+        """Return rows ``start`` to ``stop`` of ``weight`` in the canonical form of its format.
+
+        Of a vector (N,) these are elements. Raises UserError for values that the format cannot hold.
+        """
+        convert = _converter(weight)
+        pieces, before = [], 0
+        for source in weight.sources:
+            stored = self._checkpoint.weight(source)
+            count = stored.layout.shape[0]
+            first, last = max(start - before, 0), min(stop - before, count)
+            if first < last:
+                pieces.append(convert(read(stored, first, last), source))
+            before += count
+        return concatenate(pieces)
 
     def packed(self, weight: Weight) -> Packed:
-        """Return ``weight`` in the canonical form of its format; matrices are (N, K), vectors dense (N,)."""
-        key = replace(weight, part="weight")
-        if key not in self._kept:
-            self._kept[key] = self._pack(key)
-            while len(self._kept) > 1 and sum(item.nbytes for item in self._kept.values()) > self._keep_bytes:
-                self._kept.popitem(last=False)
-        return self._kept[key]
-
-    def _pack(self, weight: Weight) -> Packed:
-        parts = [self._checkpoint.weight(source) for source in weight.sources]
-        work = [
-            (source, part, start, min(start + ROWS, part.layout.shape[0]))
-            for source, part in zip(weight.sources, parts, strict=True)
-            for start in range(0, part.layout.shape[0], ROWS)
-        ]
-        convert = _converter(weight)
+        """Return the whole of ``weight``; matrices are (N, K), vectors dense (N,)."""
+        count = weight.shape[0]
         with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-            pieces = list(pool.map(lambda item: convert(read(*item[1:]), item[0]), work))
+            starts = range(0, count, ROWS)
+            pieces = list(pool.map(lambda start: self.rows(weight, start, min(start + ROWS, count)), starts))
         return concatenate(pieces)
 
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from arkinfer.targets import Target
 
 if TYPE_CHECKING:
+    from arkinfer.artifact.journal import Journal
     from arkinfer.graph import ModelGraph
-    from arkinfer.reference import WeightSource
+    from arkinfer.reference import RowSource, WeightSource
 
 Progress = Callable[[str, int, int], None]  # stage, units done, units in all
 
@@ -27,10 +28,11 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Payload:
-    """What an exporter wrote: facts for the manifest."""
+    """What an exporter wrote: facts for the manifest, and digests of the weights before they were repacked."""
 
     toolchain: Mapping[str, str]
     limits: Mapping[str, Any]
+    origins: Mapping[str, str]
 
 
 class StoredMatrix(Protocol):
@@ -67,15 +69,24 @@ class Exporter(Protocol):
     def export(
         self,
         model: ModelGraph,
-        weights: WeightSource,
+        weights: RowSource,
         target: Target,
         options: BuildOptions,
         path: Callable[[str], Path],
         progress: Progress,
+        journal: Journal | None = None,
     ) -> Payload:
-        """Write the payload's files to ``path(name)`` and return its facts."""
+        """Write the payload's files to ``path(name)`` and return its facts.
+
+        ``journal`` is of the weight file: what it says is finished is kept, and the rest is noted in it.
+        """
         ...
 
-    def weights(self, model: ModelGraph, file: Callable[[str], Path]) -> WeightSource:
-        """Return the weights of an exported payload in canonical form, for the torch reference."""
+    def weights(
+        self, model: ModelGraph, file: Callable[[str], Path], origins: Mapping[str, str] | None = None
+    ) -> WeightSource:
+        """Return the weights of an exported payload in canonical form, for the torch reference.
+
+        With ``origins`` of its Payload, each is compared with what it was before it was repacked.
+        """
         ...

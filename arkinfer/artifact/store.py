@@ -1,8 +1,7 @@
 """Artifacts on disk: sealed atomically, opened only after every byte is accounted for.
 
 An artifact is written into a staging folder beside its destination and renamed into place when it is complete, so
-that a reader sees nothing or a whole artifact. Staging folders are locked while their builder lives; the next builder
-sweeps those whose lock is free.
+that a reader sees nothing or a whole artifact: see arkinfer.artifact.staging.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import secrets
 import shutil
 import stat
 import time
@@ -21,18 +19,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from arkinfer.artifact import journal, staging, verified
 from arkinfer.artifact import manifest as manifests
-from arkinfer.artifact import verified
+from arkinfer.artifact.journal import Journal
 from arkinfer.artifact.lock import FolderLock
 from arkinfer.artifact.manifest import FileEntry, Manifest
 from arkinfer.errors import ArtifactError, InternalError, UserError, nearest
 
 CHECKS = ("auto", "full")
-_STAGING = "ark-staging"
 _SCRATCH = ".scratch"  # in the staging folder
 _ASIDE = "ark-aside"
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_ATTEMPTS = 100  # renames lost to concurrent builders before giving up
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +78,8 @@ class Artifact:
 
 
 class Writer:
-    """Writes one artifact: files into a staging folder, then ``seal``. Leaving the block unsealed removes everything.
+    """Writes one artifact: files into a staging folder, then ``seal``. Leaving the block unsealed removes everything,
+    except the finished parts of a weight file when the build was interrupted or the disk is full: see ``resume``.
 
     ``with Writer("name.ark") as writer: ...; artifact = writer.seal(fields)``. Raises UserError on entering if the
     destination exists and ``force`` is false, or is something else than an artifact. A full disk inside the block
@@ -91,8 +89,7 @@ class Writer:
     def __init__(self, destination: str | Path, force: bool = False) -> None:
         self.destination = Path(os.path.abspath(destination))
         self.force = force
-        self._staging: Path | None = None
-        self._lock: FolderLock | None = None
+        self._staging: staging.Staging | None = None
 
     def __enter__(self) -> Writer:
         parent = self.destination.parent
@@ -100,8 +97,8 @@ class Writer:
             parent.mkdir(parents=True, exist_ok=True)
             _recover(self.destination)
             _check_destination(self.destination, self.force)
-            _sweep(parent)
-            self._staging, self._lock = _make_staging(self.destination)
+            staging.sweep(parent)
+            self._staging = staging.make(self.destination)
         except OSError as error:
             raise _write_error(error, self.destination) from error
         return self
@@ -109,20 +106,40 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        staging, self._staging = self._staging, None
-        failure = _write_error(error, self.destination) if _is_full_disk(error) else None
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
-        if self._lock is not None:
-            self._lock.release()
-        if failure is not None:
-            raise failure from error
+        place, self._staging = self._staging, None
+        if place is None:
+            return
+        full = _is_full_disk(error) or (error is not None and _is_full_disk(error.__cause__))
+        kept = place.finished_bytes() if full or isinstance(error, KeyboardInterrupt) else 0
+        if kept:
+            place.leave()
+            words = (
+                f"{kept / 1e6:,.1f} MB of finished weights are kept in {place.path}; the same command goes on with them"
+            )
+            if isinstance(error, KeyboardInterrupt):
+                error.add_note(words)
+        else:
+            place.remove()
+        if full:
+            raise _write_error(error, self.destination, words if kept else "") from error
+
+    def resume(self, key: str) -> Journal:
+        """Return the journal of this build's weight file, with what an interrupted build of ``key`` finished.
+
+        ``key`` digests everything that determines the bytes. Call it before anything is written.
+        """
+        adopted = staging.adopt(self.destination, key)
+        if adopted is not None:
+            assert self._staging is not None
+            self._staging.remove()
+            self._staging = adopted
+        return Journal(self._folder / journal.NAME, key)
 
     @property
     def _folder(self) -> Path:
         if self._staging is None:
             raise InternalError("the artifact writer is not open")
-        return self._staging
+        return self._staging.path
 
     def path(self, name: str) -> Path:
         """Return where to write the artifact's file ``name`` ('/' separates folders); its folder exists afterwards."""
@@ -154,39 +171,46 @@ class Writer:
             raise _write_error(error, self.destination) from error
 
     def _seal(self, fields: Mapping[str, Any]) -> Artifact:
-        staging = self._folder
-        shutil.rmtree(staging / _SCRATCH, ignore_errors=True)
+        folder = self._folder
+        shutil.rmtree(folder / _SCRATCH, ignore_errors=True)
         places = dict(self._files())
         digests = _digests(places.values())
         files = {name: FileEntry(place.stat().st_size, digests[place]) for name, place in places.items()}
         sealed = Manifest.create(fields, files)
-        readable = staging.stat().st_mode & 0o666  # the user's umask; files made through tempfile ignore it
+        readable = folder.stat().st_mode & 0o666  # the user's umask; files made through tempfile ignore it
         for place in places.values():
             place.chmod(readable)
             _sync(place)
-        with open(staging / manifests.NAME, "xb") as stream:
+        with open(folder / manifests.NAME, "xb") as stream:
             stream.write(sealed.canonical())
             stream.flush()
             os.fsync(stream.fileno())
-        for folder in sorted({place.parent for place in places.values()} | {staging}, reverse=True):
-            _sync(folder)
+        for inner in sorted({place.parent for place in places.values()} | {folder}, reverse=True):
+            _sync(inner)
+        (folder / journal.NAME).unlink(missing_ok=True)
         # Taken before the rename, which leaves the files as they are: afterwards a rival may replace the artifact.
-        record = verified.key(sealed.digest, _tree(staging, sealed))
-        if self._publish(staging, sealed):
-            self._staging = None
+        record = verified.key(sealed.digest, _tree(folder, sealed))
+        if self._publish(folder, sealed):
+            self._release()
             _sync(self.destination.parent)
             verified.remember(record)
         return Artifact(self.destination.resolve(), sealed)
 
-    def _publish(self, staging: Path, sealed: Manifest) -> bool:
-        """Put ``staging`` in place; return False if an equal artifact already stands there."""
-        for _ in range(_ATTEMPTS):
+    def _release(self) -> None:
+        """Give up the staging folder, which is the artifact now."""
+        if self._staging is not None:
+            self._staging.lock.release()
+            self._staging = None
+
+    def _publish(self, folder: Path, sealed: Manifest) -> bool:
+        """Put ``folder`` in place; return False if an equal artifact already stands there."""
+        for _ in range(staging.ATTEMPTS):
             if _digest_at(self.destination) == sealed.digest and not self.force:
                 return False
             _check_destination(self.destination, self.force)
             aside = _set_aside(self.destination) if self.force else None
             try:
-                os.rename(staging, self.destination)
+                os.rename(folder, self.destination)
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     if aside is not None:
@@ -209,38 +233,14 @@ class Writer:
                     raise InternalError(f"the build put a link into the artifact: {name}")
             for name in sorted(names):
                 place = Path(folder) / name
+                if place == self._folder / journal.NAME:
+                    continue
                 yield manifests.check_path(place.relative_to(self._folder).as_posix()), place
-
-
-def _make_staging(destination: Path) -> tuple[Path, FolderLock]:
-    for _ in range(_ATTEMPTS):
-        staging = _hidden(destination, _STAGING)
-        staging.mkdir()
-        lock = FolderLock.take(staging)
-        # A sweeper may have seen the folder in the instant before it was locked, and removed it.
-        if lock is not None and staging.exists():
-            return staging, lock
-        shutil.rmtree(staging, ignore_errors=True)
-    raise UserError(f"cannot make a staging folder beside {destination}", code="ARK-E152")
-
-
-def _hidden(destination: Path, kind: str) -> Path:
-    return destination.with_name(f".{destination.name}.{secrets.token_hex(8)}.{kind}")
-
-
-def _sweep(parent: Path) -> None:
-    """Remove what builders that died left in ``parent``."""
-    for entry in list(parent.iterdir()):
-        if entry.name.startswith(".") and entry.name.endswith(f".{_STAGING}") and not entry.is_symlink():
-            lock = FolderLock.take(entry)
-            if lock is not None and lock.held:
-                shutil.rmtree(entry, ignore_errors=True)
-                lock.release()
 
 
 def _set_aside(destination: Path) -> FolderLock | None:
     """Move the artifact at ``destination`` out of the way, locked so that nobody takes it for abandoned."""
-    aside = _hidden(destination, _ASIDE)
+    aside = staging.hidden(destination, _ASIDE)
     lock = FolderLock.take(destination)
     try:
         os.rename(destination, aside)
@@ -436,7 +436,10 @@ def _is_full_disk(error: BaseException | None) -> bool:
     return isinstance(error, OSError) and error.errno in _FULL_DISK
 
 
-def _write_error(error: BaseException | None, destination: Path) -> UserError:
+def _write_error(error: BaseException | None, destination: Path, kept: str = "") -> UserError:
+    """Return the error for a failed write; one that was turned into a UserError already is told again."""
+    if isinstance(error, UserError):
+        error = error.__cause__
     reason = error.strerror if isinstance(error, OSError) else str(error)
     facts: dict[str, object] = {"reason": reason, "destination": destination}
     try:
@@ -444,4 +447,6 @@ def _write_error(error: BaseException | None, destination: Path) -> UserError:
     except OSError:
         facts["free"] = "unknown"
     hint = "free some space, or choose another disk with -o" if _is_full_disk(error) else "choose another -o"
+    if kept:
+        facts["kept"] = kept
     return UserError("the artifact could not be written", facts=facts, hint=hint, code="ARK-E154")

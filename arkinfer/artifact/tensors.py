@@ -6,21 +6,28 @@ streams tensors one at a time and aligns each to 64 bytes, which vector loads fr
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import mmap
+import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from arkinfer.artifact.journal import Journal, Part
 from arkinfer.errors import ArkError, UserError
 
 MAX_HEADER_BYTES = 100 << 20  # the limit that the safetensors format itself sets
 MAX_NAME = 512
 MAX_AXES = 8
 ALIGNMENT = 64
+SAVE_BYTES, SAVE_SECONDS = 256 << 20, 1.0  # how much work an interruption may lose
 
 ITEM_BYTES: Mapping[str, int] = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
@@ -168,32 +175,142 @@ class TensorSpec:
         return count
 
 
-def write(file: Path, specs: Mapping[str, TensorSpec], chunks: Iterator[tuple[str, Iterable[np.ndarray]]]) -> None:
-    """Write ``specs`` in order; ``chunks`` yields each name, in the same order, with its data in consecutive pieces.
+def header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
+    """Return the first bytes of a file that holds ``specs`` in order, and where in the file each tensor ends.
 
     Every tensor starts at a multiple of 64 bytes in the file; the gaps are tensors of their own named ``~N``, since the
-    format allows no holes. Equal inputs give equal bytes. Raises ValueError when the data do not fill a spec.
+    format allows no holes. An end includes the gap.
     """
-    header: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
+    ends: dict[str, int] = {}
     offset = 0
     for index, (name, spec) in enumerate(specs.items()):
-        header[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offset, offset + spec.nbytes]}
+        fields[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offset, offset + spec.nbytes]}
         offset += spec.nbytes
         if gap := -offset % ALIGNMENT:
-            header[f"~{index}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [offset, offset + gap]}
+            fields[f"~{index}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [offset, offset + gap]}
             offset += gap
-    text = json.dumps(header, separators=(",", ":")).encode()
+        ends[name] = offset
+    text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
-    with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for (expected, spec), (name, pieces) in zip(specs.items(), chunks, strict=True):
+    data = len(text).to_bytes(8, "little") + text
+    return data, {name: end + len(data) for name, end in ends.items()}
+
+
+def write(file: Path, specs: Mapping[str, TensorSpec], chunks: Iterable[tuple[str, Iterable[np.ndarray]]]) -> None:
+    """Write ``specs`` in order; ``chunks`` yields each name, in the same order, with its data in consecutive pieces.
+
+    Equal inputs give equal bytes. Raises ValueError when the data do not fill a spec.
+    """
+    with TensorWriter(file, specs) as writer:
+        for (expected, _), (name, pieces) in zip(specs.items(), chunks, strict=True):
             if name != expected:
                 raise ValueError(f"tensor {name} was written where {expected} belongs")
-            written = 0
-            for piece in pieces:
-                data = np.ascontiguousarray(piece)
-                stream.write(data.reshape(-1).view(np.uint8).data)
-                written += data.nbytes
-            if written != spec.nbytes:
-                raise ValueError(f"tensor {name} has {written} bytes of data and {spec.nbytes} declared")
-            stream.write(b"\0" * (-written % ALIGNMENT))
+            writer.tensor(name, pieces)
+
+
+class TensorWriter:
+    """Writes a safetensors file tensor by tensor, from its beginning or from where a journal says that one stopped.
+
+    ``with TensorWriter(file, specs, journal) as writer``: parts in ``writer.finished`` are in the file already and must
+    not be written again; of the others, in order, ``tensor`` writes each tensor and ``finish`` ends the part.
+    """
+
+    def __init__(self, file: Path, specs: Mapping[str, TensorSpec], journal: Journal | None = None) -> None:
+        self._file, self._specs, self._journal = file, specs, journal
+        self._header, self._ends = header(specs)
+        self.finished: dict[str, str] = {}  # part -> its origin
+        self._digest = hashlib.sha256()
+        self._unsaved: list[Part] = []
+        self._saved_at = (0, 0.0)  # position and time
+
+    def __enter__(self) -> TensorWriter:
+        parts = self._recover() if self._journal is not None else []
+        self.finished = {part.name: part.origin for part in parts}
+        self._stream = self._file.open("r+b" if parts else "wb")
+        if parts:
+            self._stream.truncate(parts[-1].stop)
+            self._stream.seek(parts[-1].stop)
+        else:
+            self._stream.write(self._header)
+        if self._journal is not None:
+            self._journal.start(parts)
+        self._saved_at = (self._stream.tell(), time.monotonic())
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        try:
+            # What is finished is worth keeping whatever happened; where the disk is full this fails, once more.
+            with contextlib.suppress(OSError) if kind is not None else contextlib.nullcontext():
+                self._save()
+        finally:
+            with contextlib.suppress(OSError) if kind is not None else contextlib.nullcontext():
+                self._stream.close()
+
+    def tensor(self, name: str, arrays: Iterable[np.ndarray]) -> None:
+        """Write one tensor, given in consecutive pieces. Raises ValueError when they do not fill its spec."""
+        for _ in self.pieces(name, arrays):
+            pass
+
+    def pieces(self, name: str, arrays: Iterable[np.ndarray]) -> Iterator[int]:
+        """Write like ``tensor``, and yield the bytes of each piece when it is written."""
+        written = 0
+        for array in arrays:
+            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+            self._write(data)
+            written += data.nbytes
+            yield data.nbytes
+        if written != self._specs[name].nbytes:
+            declared = self._specs[name].nbytes
+            raise ValueError(f"tensor {name} has {written} bytes of data and {declared} declared")
+        self._write(b"\0" * (-written % ALIGNMENT))
+        if self._stream.tell() != self._ends[name]:
+            raise ValueError(f"tensor {name} is out of order")
+
+    def finish(self, part: str, origin: str) -> None:
+        """End ``part``: everything written since the last call. It is noted in the journal before long."""
+        if self._journal is None:
+            return
+        position = self._stream.tell()
+        self._unsaved.append(Part(part, position, self._digest.hexdigest(), origin))
+        self._digest = hashlib.sha256()
+        if position - self._saved_at[0] >= SAVE_BYTES or time.monotonic() - self._saved_at[1] >= SAVE_SECONDS:
+            self._save()
+
+    def _write(self, data: Any) -> None:
+        self._stream.write(data)
+        if self._journal is not None:
+            self._digest.update(data)
+
+    def _save(self) -> None:
+        if self._journal is None or not self._unsaved:
+            return
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._journal.append(self._unsaved)
+        self._unsaved = []
+        self._saved_at = (self._stream.tell(), time.monotonic())
+
+    def _recover(self) -> list[Part]:
+        """Return the parts of the journal whose bytes are in the file as it says."""
+        assert self._journal is not None
+        parts = self._journal.read()
+        try:
+            with self._file.open("rb") as stream:
+                if stream.read(len(self._header)) != self._header:
+                    return []
+        except FileNotFoundError:
+            return []
+        starts = [len(self._header), *(part.stop for part in parts)]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            right = list(pool.map(lambda part, start: self._digest_of(start, part.stop) == part.sha256, parts, starts))
+        return parts[: right.index(False)] if False in right else parts
+
+    def _digest_of(self, start: int, stop: int) -> str:
+        digest = hashlib.sha256()
+        with self._file.open("rb") as stream:
+            stream.seek(start)
+            while start < stop and (data := stream.read(min(1 << 20, stop - start))):
+                digest.update(data)
+                start += len(data)
+        return digest.hexdigest()

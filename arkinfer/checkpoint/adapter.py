@@ -77,6 +77,9 @@ class AdaptedCheckpoint(Checkpoint):
         adapter = {"name": self._folder.resolve().name, "sha256": self._digest, "rank": self._settings.rank}
         return {**self._base.source, "adapter": adapter}
 
+    def files(self) -> list[Path]:
+        return [*self._base.files(), *(self._folder / name for name in (CONFIG, WEIGHTS))]
+
     def asset(self, name: str) -> bytes | None:
         return self._base.asset(name)
 

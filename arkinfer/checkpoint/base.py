@@ -38,6 +38,11 @@ class Checkpoint:
         """What to call the model in messages and artifacts."""
         return self.path.resolve().name
 
+    def files(self) -> list[Path]:
+        """Return the files that determine the weights, and perhaps others beside them."""
+        found = self.path.iterdir() if self.path.is_dir() else [self.path]
+        return sorted(file for file in found if file.is_file())
+
     def asset(self, name: str) -> bytes | None:
         """Return the file ``name`` (one of ASSETS), read or converted, or None if the checkpoint has none."""
         raise NotImplementedError

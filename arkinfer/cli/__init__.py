@@ -81,8 +81,11 @@ def _status(arguments: list[str]) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt) as error:
         click.echo("interrupted", err=True)
+        # click raises its Abort from the KeyboardInterrupt, to which a build adds what it leaves behind.
+        for note in getattr(error.__cause__ or error, "__notes__", ()):
+            click.echo(note, err=True)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has gone, as `head` does. Python would complain once more when it closes stdout.

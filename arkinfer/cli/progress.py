@@ -8,6 +8,7 @@ from typing import TextIO
 
 WIDTH = 28
 _INTERVAL = 0.1  # seconds between redraws
+_BYTES = ("weights", "check")  # stages whose units are bytes
 
 
 class Progress:
@@ -18,6 +19,7 @@ class Progress:
         self._shown = self._stream.isatty()
         self._stage = ""
         self._began = self._drawn = 0.0
+        self._first = 0  # units that were done when the stage began: an earlier build's
 
     def __enter__(self) -> Progress:
         return self
@@ -31,19 +33,21 @@ class Progress:
         now = time.monotonic()
         if stage != self._stage:
             self._finish()
-            self._stage, self._began, self._drawn = stage, now, 0.0
+            self._stage, self._began, self._drawn, self._first = stage, now, 0.0, done
         if now - self._drawn < _INTERVAL and done < total:
             return
         self._drawn = now
         filled = WIDTH * done // total if total > 0 else 0
         bar = "#" * filled + "." * (WIDTH - filled)
-        self._write(f"{stage:<14.14} [{bar}] {done}/{total}  {self._left(now, done, total)}")
+        amount = f"{done / 1e9:.2f}/{total / 1e9:.2f} GB" if stage in _BYTES else f"{done}/{total}"
+        self._write(f"{stage:<14.14} [{bar}] {amount}  {self._left(now, done, total)}")
 
     def _left(self, now: float, done: int, total: int) -> str:
-        elapsed = now - self._began
-        if not 0 < done < total or elapsed < 2:
+        elapsed, advanced = now - self._began, done - self._first
+        if advanced <= 0 or done >= total or elapsed < 2:
             return ""
-        return f"{elapsed * (total - done) / done:.0f} s left"
+        rate = f"{advanced / elapsed / 1e6:.0f} MB/s  " if self._stage in _BYTES else ""
+        return f"{rate}{elapsed * (total - done) / advanced:.0f} s left"
 
     def _finish(self, failed: bool = False) -> None:
         if not self._stage:

@@ -9,6 +9,7 @@ from arkinfer.quant.groups import activation_group
 from arkinfer.quant.packed import FORMATS, PER_BYTE, Packed, dequantise, group_extent, integers
 
 ACTIVATIONS = ("float", "int8")
+BLOCK_ROWS = 4096  # of a weight that the reference multiplies out at a time: 64 MB where rows have 4096 inputs
 
 
 def quantise_activations(x: torch.Tensor, extent: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,9 +58,19 @@ def reference(
     group: int = 0,
     activations: str = "float",
 ) -> torch.Tensor:
-    """Compute `linear` in plain torch, float32 inside."""
+    """Compute `linear` in plain torch, float32 inside, for at most BLOCK_ROWS outputs at a time."""
     if format not in FORMATS or activations not in ACTIVATIONS:
         raise ValueError(f"linear: unknown format {format!r} or activations {activations!r}")
+    if weight.shape[0] > BLOCK_ROWS:
+
+        def block(start: int) -> torch.Tensor:
+            def cut(part: torch.Tensor | None) -> torch.Tensor | None:
+                return None if part is None else part[start : start + BLOCK_ROWS]
+
+            rows = weight[start : start + BLOCK_ROWS]
+            return reference(x, rows, cut(scales), cut(zeros), order, cut(bias), format, group, activations)
+
+        return torch.cat([block(start) for start in range(0, weight.shape[0], BLOCK_ROWS)], dim=1)
     if format == "dense":
         if weight.dtype == torch.float32 == x.dtype:
             return torch.nn.functional.linear(x, weight, bias)

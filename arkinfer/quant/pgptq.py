@@ -112,7 +112,7 @@ def quantise(
             code="ARK-E143",
         )
     _require_memory(memory(config, sum(map(len, windows)), max(map(len, windows))))
-    source = CheckpointWeights(checkpoint, keep_bytes=0)
+    source = CheckpointWeights(checkpoint)
 
     def wanted(name: str) -> Storage | None:
         """Return how a matrix of a layer is to be rounded, or None if it is not."""

@@ -123,6 +123,20 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     assert done.stderr == ""
 
 
+def test_progress_of_bytes_says_how_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+    import itertools
+
+    clock = itertools.count(step=3)
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: True)
+    with Progress(screen) as progress:
+        progress("weights", 400_000_000, 1_000_000_000)  # what an interrupted build had finished
+        progress("weights", 700_000_000, 1_000_000_000)
+    assert "0.70/1.00 GB  100 MB/s  3 s left" in screen.getvalue()
+
+
 def test_progress_is_for_terminals(capsys: pytest.CaptureFixture[str]) -> None:
     import io
 
@@ -134,7 +148,7 @@ def test_progress_is_for_terminals(capsys: pytest.CaptureFixture[str]) -> None:
     for stream in (screen, file):
         with Progress(stream) as progress:
             for done in range(11):
-                progress("weights", done, 10)
+                progress("compile", done, 10)
             progress("verify", 0, 1)
     assert file.getvalue() == ""
-    assert "weights" in screen.getvalue() and "10/10" in screen.getvalue() and screen.getvalue().endswith("\n")
+    assert "compile" in screen.getvalue() and "10/10" in screen.getvalue() and screen.getvalue().endswith("\n")

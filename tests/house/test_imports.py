@@ -32,7 +32,8 @@ OWNERS = {
     "arkinfer/checkpoint/hub.py": {"huggingface_hub"},
     "arkinfer/pipeline.py": {"tokenizers"},  # asks whether a tokenizer adds BOS itself
     "backends/tvm.py": {"tvm_ffi"},
-    "exporters/tvm.py": {"torch"},  # reads weights as tensors
+    "exporters/tvm.py": {"torch"},  # states its version
+    "exporters/weights.py": {"torch"},  # reads weights as tensors
     "exporters/lowering.py": {"torch"},  # walks the graph, which is torch.fx's
     "exporters/relax.py": {"tvm", "ziglang"},
     "exporters/kernels/tir/source.py": {"tvm"},

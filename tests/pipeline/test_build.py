@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,12 @@ import pytest
 import arkinfer
 from arkinfer import backends, pipeline
 from arkinfer.artifact import Artifact
-from arkinfer.artifact import tensors as tensor_files
+from arkinfer.artifact.tensors import TensorWriter
 from arkinfer.backends.base import Executor
 from arkinfer.errors import ParityError, UserError
+from arkinfer.exporters.weights import ArtifactWeights
+from arkinfer.graph import Weight
+from arkinfer.quant.packed import Packed
 from tests.checkpoints import CONFIGS, write_checkpoint
 
 TOKENS = [(17 * index + index * index) % 400 for index in range(230)]
@@ -136,21 +141,37 @@ def test_same_inputs_give_the_same_bytes(checkpoints: dict[str, Path], tmp_path:
 def test_a_wrong_weight_fails_parity_and_names_the_layer(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = tensor_files.write
+    packed = ArtifactWeights.packed
 
-    def spoil(file, specs, chunks):  # type: ignore[no-untyped-def]
-        def spoiled():  # type: ignore[no-untyped-def]
-            for name, pieces in chunks:
-                if "layers.0.mlp.down_proj" in name and name.endswith(".scales"):
-                    pieces = [np.asarray(piece) * np.float16(3) for piece in pieces]
-                yield name, pieces
+    def spoiled(source: ArtifactWeights, weight: Weight) -> Packed:
+        right = packed(source, weight)
+        if "layers.0.mlp.down_proj" not in weight.name:
+            return right
+        assert right.scales is not None
+        return replace(right, scales=right.scales * 3)
 
-        write(file, specs, spoiled())
-
-    monkeypatch.setattr(tensor_files, "write", spoil)
+    monkeypatch.setattr(ArtifactWeights, "packed", spoiled)
     with pytest.raises(ParityError) as caught:
         pipeline.build(checkpoints["minicpm"], out=tmp_path / "bad.ark", weights="int8")
     assert caught.value.facts["first bad layer"] == "layer.0"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_weight_that_was_repacked_wrongly_is_named(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference computes with what was written, so what was written is compared with what was packed."""
+    pieces = TensorWriter.pieces
+
+    def spoiled(writer: TensorWriter, name: str, arrays: Iterable[np.ndarray]) -> Iterator[int]:
+        if "layers.0.mlp.down_proj" in name and name.endswith(".scales"):
+            arrays = [array * np.float16(3) for array in arrays]
+        return pieces(writer, name, arrays)
+
+    monkeypatch.setattr(TensorWriter, "pieces", spoiled)
+    with pytest.raises(ParityError, match="not the one that was packed") as caught:
+        pipeline.build(checkpoints["minicpm"], out=tmp_path / "bad.ark", weights="int8")
+    assert caught.value.facts["weight"] == "model.layers.0.mlp.down_proj.weight"
     assert list(tmp_path.iterdir()) == []
 
 

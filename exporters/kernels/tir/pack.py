@@ -18,6 +18,7 @@ SLICE_BYTES = 1 << 22  # of codes at one byte each: what a slice of rows may tak
 _SWAPS: Mapping[str, tuple[tuple[int, int], ...]] = {
     "int8": (),
     "int4": ((8, 0x0000FF00), (4, 0x00F000F0)),
+    "int2": ((6, 0x00CC00CC), (12, 0x0000F0F0)),
     "ternary": ((6, 0x00CC00CC), (12, 0x0000F0F0)),
 }
 
