@@ -90,31 +90,27 @@ def build(
 ) -> Artifact:
     """Compile ``model`` for ``target`` and return the sealed artifact.
 
-        ``model``: a checkpoint folder, a bundled model's name, or ``owner/name`` of the Hugging Face hub, at ``revision``;
-        ``offline`` takes only what was fetched before. ``adapter``: the folder of a LoRA adapter, merged into the weights.
+    ``model``: a checkpoint folder, a bundled model's name, or ``owner/name`` of the Hugging Face hub, at ``revision``;
+    ``offline`` takes only what was fetched before. ``adapter``: the folder of a LoRA adapter, merged into the weights.
 
-        ``weights``: auto, fp32, fp16, int8, int4 or ternary; auto keeps ternary checkpoints ternary. ``kv``: fp32, fp16 or
-        int8 caches. ``attention``: the artifact's default gear. ``context``: largest number of tokens. ``verify``: fast,
-        full or none. ``out`` defaults to ``<model>-<target>.ark`` in the current folder; an existing artifact is replaced
-        only with ``force``.
+    ``weights``: auto, fp32, fp16, int8, int4 or ternary; auto keeps ternary checkpoints ternary. ``kv``: fp32, fp16 or
+    int8 caches. ``attention``: the artifact's default gear. ``context``: largest number of tokens. ``verify``: fast,
+    full or none. ``out`` defaults to ``<model>-<target>.ark`` in the current folder; an existing artifact is replaced
+    only with ``force``.
 
-        For weights that are quantised here, ``group`` (32, 64 or 128 inputs) shares an int4 scale, ``head`` (int8 or int4)
-        is the format of the embedding table and the output head, and ``method`` is search or pgptq. ``rules`` such as
-        "*.down_proj.*=int4:32" overrule ``weights`` by name, the first that matches. The target says what is not given.
-        ``quality``: on measures what that costs against the checkpoint's own weights, off does not; auto measures small
-        models (see arkinfer.quality) unless ``verify`` is none.
+    For weights that are quantised here, ``group`` (32, 64 or 128 inputs) shares an int4 scale, ``head`` (int8 or int4)
+    is the format of the embedding table and the output head, and ``method`` is search or pgptq. ``rules`` such as
+    "*.down_proj.*=int4:32" overrule ``weights`` by name, the first that matches. The target says what is not given.
+    ``quality``: on measures what that costs against the checkpoint's own weights, off does not; auto measures small
+    models (see arkinfer.quality) unless ``verify`` is none.
 
-    <<<<<<< HEAD
-        Before the long work starts, ``say`` is told in one line what it will take, and warned where the artifact will not
-        fit the target's memory.
+    Before the long work starts, ``say`` is told in one line what it will take, and warned where the artifact will not
+    fit the target's memory.
 
-        Raises UserError for bad input and a full disk, UnsupportedError where the target cannot run the model, ParityError
-        when the result differs from the torch reference; in all of these cases nothing is left at ``out``.
-    =======
-        Raises UserError for bad input, UnsupportedError where the target cannot run the model, ParityError when the result
-        differs from the torch reference; in all of these cases nothing is left at ``out``. When it is interrupted, or the
-        disk is full, the weights that are finished stay in a hidden folder beside ``out``: an equal call goes on with them.
-    >>>>>>> c9d873c (Stream weights through the exporter in slices; go on with interrupted builds)
+    Raises UserError for bad input and a full disk, UnsupportedError where the target cannot run the model, ParityError
+    when the result differs from the torch reference; in all of these cases nothing is left at ``out``. When it is
+    interrupted, or the disk is full, finished weights stay in a hidden folder beside ``out``: an equal call goes on with
+    them.
     """
     report = progress or _quiet
     description = targets.load(str(target))
