@@ -109,8 +109,8 @@ def build(
 
     Raises UserError for bad input and a full disk, UnsupportedError where the target cannot run the model, ParityError
     when the result differs from the torch reference; in all of these cases nothing is left at ``out``. When it is
-    interrupted, or the disk is full, finished weights stay in a hidden folder beside ``out``: an equal call goes on with
-    them.
+    interrupted, or the disk is full, finished weights stay in a hidden folder beside ``out``: an equal call goes on
+    with them.
     """
     report = progress or _quiet
     description = targets.load(str(target))
