@@ -6,6 +6,9 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
+from tests.kernels.triton import draws
 from tests.kernels.triton.samples import Case
 
 
@@ -103,6 +106,24 @@ def _sparse() -> Iterator[Case]:
         yield Case("attention_sparse", options, n=n, position=position, dense_len=203, values=values)
 
 
+def _draws() -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(4096 * 2 + 100, generator=generator) * 3
+    logits[50:70] = logits.topk(12).values[-1]  # equals at the bound of top-k
+    for temperature, top_k, top_p, number in (
+        (0.8, 12, 0.9, 0.7),
+        (1.3, 0, 0.5, 0.99),
+        (1.0, 0, 1.0, 0.4),
+        (0, 5, 1, 0),
+    ):
+        known = draws.start(logits, temperature, top_k, top_p, number)
+        for name, options, arguments in draws.launches(known):
+            if options.get("step", 0) not in (0, 1, 6, 7, 11) or name == "argmax_partial":
+                continue
+            given = {name: value.tolist() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+            yield Case(name, options, values=given, note=f"T={temperature} k={top_k} p={top_p}")
+
+
 def cases() -> list[Case]:
     """Return every case."""
     found = [
@@ -129,4 +150,4 @@ def cases() -> list[Case]:
         Case("rope_append", {**shape, "kv": "int8", "norm_eps": 1e-6}, n=3, position=30),
         Case("rope_append", {**shape, "nope": True, "head_dim": 64}, n=1, position=63),
     ]
-    return [*found, *_linear(), *_attention(), *_sparse()]
+    return [*found, *_linear(), *_attention(), *_sparse(), *_draws()]

@@ -29,10 +29,13 @@ class Case:
     position: int = 0
     dense_len: int = 1 << 30
     values: Mapping[str, Any] = field(default_factory=dict)  # arguments given instead of drawn
+    note: str = ""
 
     def __str__(self) -> str:
         shown = [f"{name}={value}" for name, value in self.options.items() if value not in (False, None)]
-        return " ".join([self.kernel, *shown, f"n={self.n} r={self.r} at {self.position}", *self.values])
+        return " ".join(
+            [self.kernel, *shown, f"n={self.n} r={self.r} at {self.position}", self.note or " ".join(self.values)]
+        )
 
     @property
     def described(self) -> Kernel:

@@ -60,6 +60,9 @@ OPTIONS: dict[str, tuple[str, dict[str, object]]] = {
     "take_rows": ("take_rows", {"width": 4096}),
     "scale": ("scale", {"width": 73448, "factor": 0.0625}),
     "argmax_partial": ("argmax_partial", {"vocab": 73448}),
+    "sample_narrow": ("sample_narrow", {"vocab": 151936}),
+    "sample_mass": ("sample_mass", {"vocab": 151936}),
+    "sample": ("sample", {"vocab": 151936, "context": 32768}),
     "argmax": ("argmax", {"vocab": 73448}),
 }
 AGAIN = ("gemv ternary", "gemm int4", "decode int8")  # compiled a second time

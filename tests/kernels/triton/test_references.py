@@ -14,6 +14,8 @@ from arkinfer.exporters.kernels import triton as kernels
 from arkinfer.exporters.kernels.triton import layout
 from arkinfer.ops import attention
 from arkinfer.quant.packed import Packed, dequantise, pack_crumbs, pack_nibbles
+from arkinfer.runtime import sampling
+from tests.kernels.triton import draws
 
 HEADS, KV_HEADS, DIM, CONTEXT = 6, 2, 16, 320
 SHAPE = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": DIM, "context": CONTEXT}
@@ -150,3 +152,29 @@ def test_a_layer_equals_the_operator(kv: str, chunks: list[int]) -> None:
         assert torch.equal(layer.known["k"], cache.k)
         assert torch.equal(layer.known["fine"], cache.fine)
     assert layer.length > SPARSE.dense_len
+
+
+@given(
+    temperature=st.sampled_from([0.0, 0.3, 0.8, 1.0, 2.0]),
+    top_k=st.sampled_from([0, 1, 2, 20, 5000]),
+    top_p=st.sampled_from([1.0, 0.95, 0.5, 0.01]),
+    number=st.floats(0, 0.9999),
+    seed=st.integers(0, 10000),
+)
+@settings(max_examples=25, deadline=None)
+def test_a_draw_is_the_sampler_s(temperature: float, top_k: int, top_p: float, number: float, seed: int) -> None:
+    logits = torch.randn(4500, generator=torch.Generator().manual_seed(seed)) * 4
+    logits[::9] = (logits[::9] * 2).round() / 2  # equal ones
+    known = draws.start(logits, temperature, top_k, top_p, number)
+    for _ in draws.launches(known):
+        pass
+    options = sampling.Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    ids, weights = sampling.distribution(logits.numpy(), options)
+    got = int(known["token"][0])
+    assert got in ids
+    # Where the running sum passes the number; a bound within rounding of it may fall to either side.
+    place = ids.tolist().index(got)
+    below = float(weights[:place].sum())
+    assert below - 1e-5 <= float(known["random"][3]) <= below + float(weights[place]) + 1e-5
+    assert int(known["control"][0]) == 4
+    assert int(known["tokens"][0]) == got

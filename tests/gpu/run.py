@@ -1,0 +1,202 @@
+"""Check and time the CUDA kernels on a real GPU: ``python3 tests/gpu/run.py [--out results.json] [--only KERNEL ...]``.
+
+Needs a checkout, torch with CUDA and triton; nothing is installed. Triton compiles the kernels for this GPU (so these
+are not an artifact's own cubins), and each is compared with its torch reference in float64 on the CPU over fresh random
+inputs; then it is timed with CUDA events at the sizes of MiniCPM4-8B, beside the copy bandwidth that the same run
+measured. Exit status 1 if anything deviates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+
+from arkinfer.exporters.kernels.triton.kernel import ARCHS
+from tests.kernels.triton.cases import cases
+from tests.kernels.triton.samples import Case, Values, deviations, draw, expected, launch
+
+SHAPE = {"heads": 32, "kv_heads": 2, "head_dim": 128}
+WINDOWS = {"kernel_size": 32, "kernel_stride": 16}
+RULES = {"block_size": 64, "init_blocks": 1, "local_blocks": 32, "budget": 96}
+FORMATS: dict[str, dict[str, Any]] = {
+    "float16": {"format": "dense"},
+    "int8": {"format": "int8", "group": 128},
+    "int4": {"format": "int4", "group": 128, "zeros": True},
+    "ternary": {"format": "ternary", "group": 128},
+}
+
+
+def larger() -> Iterator[Case]:
+    """Yield launches at sizes that the interpreter is too slow for, odd ones among them."""
+    for options in FORMATS.values():
+        for rows, width in ((4096, 4096), (4096, 16384), (1153, 4096 + 128)):
+            yield Case("linear_gemv", {"rows": rows, "width": width, **options})
+            yield Case("linear_gemm", {"rows": rows, "width": width, **options}, n=301)
+        yield Case("linear_gemv", {"rows": 2 * 3001, "width": 4096, "gated": True, **options})
+        yield Case("linear_gemm", {"rows": 2 * 3001, "width": 4096, "gated": True, **options}, n=77)
+    for kv in ("float16", "int8"):
+        attend = {**SHAPE, "context": 9024, "scale": 0.09, "kv": kv}
+        for position in (0, 4095, 9000):
+            yield Case("attention_decode", {**attend, "splits": 32}, position=position)
+        yield Case("attention_prefill", attend, n=333, position=5001)
+        yield Case("attention_prefill", {**attend, "heads": 9, "kv_heads": 3, "head_dim": 96}, n=130, position=77)
+    select = {**SHAPE, **WINDOWS, **RULES, "context": 32768, "scale": 0.09}
+    for n, position, splits in ((1, 32766, 16), (65, 20003, 1)):
+        step = {"n": n, "position": position, "dense_len": 8192}
+        for kernel in ("select_lse", "select_scores", "select_blocks"):
+            yield Case(kernel, {**select, "splits": splits}, **step)
+    for vocab in (73448, 151937):
+        yield Case("argmax_partial", {"vocab": vocab})
+
+
+def on_device(values: Values) -> Values:
+    """Return the arguments on the GPU, strides kept."""
+    moved: Values = {}
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor):
+            place = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
+            moved[name] = place.copy_(value)
+        else:
+            moved[name] = value
+    return moved
+
+
+def check(case: Case, arch: str, seed: int) -> dict[str, Any]:
+    """Return what one launch deviates by."""
+    row: dict[str, Any] = {"case": str(case), "seed": seed}
+    try:
+        values = draw(case, seed)
+        got = on_device(values)
+        launch(case, got, arch)
+        torch.cuda.synchronize()
+        back = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in got.items()}
+        found = deviations(case, expected(case, values), back)
+        row["outputs"] = {item.argument: {"error": item.error, "allowed": item.allowed} for item in found}
+        row["ok"] = all(item.fine for item in found)
+    except Exception:
+        row |= {"ok": False, "failure": traceback.format_exc().strip().splitlines()[-1]}
+    return row
+
+
+def seconds(run: Callable[[int], None], repeats: int = 30) -> float:
+    """Return the median time of ``run(i)`` by CUDA events, after a warm-up."""
+    for index in range(3):
+        run(index)
+    times = []
+    for index in range(repeats):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run(index)
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) / 1e3)
+    return statistics.median(times)
+
+
+def copy_bandwidth() -> float:
+    """Return bytes per second read and written by a copy that no cache holds."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+
+    def copy(_: int) -> None:
+        target.copy_(source)
+
+    return 2 * source.nbytes / seconds(copy)
+
+
+def _read(values: Values, names: tuple[str, ...]) -> int:
+    return sum(value.nbytes for name in names if isinstance(value := values.get(name), torch.Tensor))
+
+
+def timings(arch: str, bandwidth: float) -> Iterator[dict[str, Any]]:
+    """Yield times of memory-bound kernels: every launch reads another copy, 512 MB of them in turn."""
+    weights = ("weight", "scales", "zeros")
+    timed = [
+        (f"{name} {rows}x{width}", Case("linear_gemv", {"rows": rows, "width": width, **options}), weights)
+        for name, options in FORMATS.items()
+        for rows, width in ((4096, 4096), (32768, 4096), (4096, 16384))
+    ]
+    for kv in ("float16", "int8"):
+        for length in (8192, 32768, 131072):
+            options = {**SHAPE, "context": length, "scale": 0.09, "kv": kv, "splits": 64}
+            case = Case("attention_decode", options, position=length - 1)
+            timed.append((f"decode {kv} at {length}", case, ("k", "v", "k_scale", "v_scale")))
+    for title, case, names in timed:
+        first = on_device(draw(case))
+        size = _read(first, names)
+        sets = [first]
+        while len(sets) * size < 512 << 20 and len(sets) < 512:
+            sets.append({name: value.clone() if name in names else value for name, value in first.items()})  # type: ignore[union-attr]
+        took = seconds(lambda index, case=case, sets=sets: launch(case, sets[index % len(sets)], arch))
+        yield {"what": title, "microseconds": took * 1e6, "bytes": size, "share_of_copy": size / took / bandwidth}
+    for name, options in FORMATS.items():
+        case = Case("linear_gemm", {"rows": 4096, "width": 4096, **options}, n=2048)
+        values = on_device(draw(case))
+        took = seconds(lambda _, case=case, values=values: launch(case, values, arch))
+        yield {"what": f"gemm {name} 2048x4096x4096", "microseconds": took * 1e6,
+               "tflops": 2 * 2048 * 4096 * 4096 / took / 1e12}  # fmt: skip
+    left, right = (torch.randn(size, 4096, dtype=torch.float16, device="cuda") for size in (2048, 4096))
+    product = torch.empty(2048, 4096, dtype=torch.float16, device="cuda")
+
+    def multiply(_: int) -> None:
+        torch.mm(left, right.T, out=product)
+
+    took = seconds(multiply)
+    yield {"what": "torch.matmul float16 2048x4096x4096", "microseconds": took * 1e6,
+           "tflops": 2 * 2048 * 4096 * 4096 / took / 1e12}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default="gpu-results.json")
+    parser.add_argument("--only", nargs="*", default=[], help="kernels to check")
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--no-timings", action="store_true")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no CUDA device: nothing was checked", file=sys.stderr)
+        return 3
+    major, minor = torch.cuda.get_device_capability()
+    arch = f"sm_{major}{minor}"
+    if arch not in ARCHS:
+        print(f"{arch} has no tuning table; known: {', '.join(ARCHS)}", file=sys.stderr)
+        return 3
+    rows = []
+    for case in [*cases(), *larger()]:
+        if arguments.only and case.kernel not in arguments.only:
+            continue
+        rows.append(check(case, arch, arguments.seed))
+        print("ok    " if rows[-1]["ok"] else "WRONG ", rows[-1]["case"], rows[-1].get("failure", ""), flush=True)
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(), "arch": arch, "torch": torch.__version__, "triton": triton.__version__,
+        "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"), "seed": arguments.seed, "checks": rows,
+    }  # fmt: skip
+    if not arguments.no_timings and not arguments.only:
+        bandwidth = copy_bandwidth()
+        result |= {"copy_bytes_per_second": bandwidth, "timings": []}
+        for row in timings(arch, bandwidth):
+            result["timings"].append(row)
+            print(json.dumps(row), flush=True)
+    Path(arguments.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    wrong = [row for row in rows if not row["ok"]]
+    print(f"{len(rows) - len(wrong)} of {len(rows)} launches are right on {result['device']}; {arguments.out} written")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
