@@ -130,7 +130,8 @@ class Recipe:
 
     ``weights`` is one of WEIGHTS but never auto. ``activations`` is "int8" (quantised per token and group, see
     ops.linear) or "float" (exact). ``layouts`` says how the checkpoint holds each weight, ternary ones recognised.
-    ``rules``, ``head``, ``group`` and ``method`` are those of Rounding.
+    ``rules``, ``head``, ``group`` and ``method`` are those of Rounding. ``rest`` is what becomes of the matrices that a
+    quantised or ternary checkpoint left as floats.
     """
 
     weights: str
@@ -140,6 +141,7 @@ class Recipe:
     head: str = "int8"
     group: int = INT4_GROUP
     method: str = "search"
+    rest: str = ""
 
     def storage(self, weight: Stacked, table: bool = False) -> Storage:
         """Return how ``weight`` is stored; ``table``: it is the embedding table or the output head."""
@@ -163,6 +165,8 @@ class Recipe:
         width = layout.shape[-1]
         rule = first_match(self.rules, source)
         wanted = rule.weights if rule else self.head if table and self.weights not in _DENSE else self.weights
+        if not (rule or table or layout.quantised or self.weights in _DENSE):
+            wanted = self.rest or wanted
         if wanted in _DENSE:
             exact = "F32" if layout.quantised else layout.dtype
             # A bfloat16 weight widens to float32 exactly, so storing it wider would only cost bytes.
@@ -182,6 +186,7 @@ class Recipe:
             "head": self.head,
             "group": self.group,
             "method": self.method,
+            "rest": self.rest,
         }
 
     @classmethod
@@ -194,6 +199,7 @@ class Recipe:
             values["head"],
             values["group"],
             values["method"],
+            values["rest"],
         )
 
 
@@ -232,6 +238,7 @@ def choose(
     layouts = {name: stored[name] for name in sorted(set(used))}
     tables = [name for name, layout in layouts.items() if len(layout.shape) == 2 and name not in set(body)]
     _require_matches(rounding.rules, [*body, *tables])
+    rest = ""
     free = [source for source in body if first_match(rounding.rules, source) is None]
     quantised = {layouts[source].format for source in free if layouts[source].quantised}
     if weights in ("auto", "ternary"):
@@ -253,6 +260,7 @@ def choose(
                 code="ARK-E132",
             )
         weights = "ternary" if found else sorted(quantised)[0] if quantised else default
+        rest = default if found or quantised else ""
     elif weights not in _DENSE and quantised - {weights}:
         raise UserError(
             f"the checkpoint is quantised already, and rounding its integers again to {weights} would lose more",
@@ -271,6 +279,7 @@ def choose(
         rounding.head,
         rounding.group,
         rounding.method,
+        rest,
     )
     _refuse_rounding_again(recipe, [*body, *tables])
     return _effective(recipe, body, tables, rounding.stated)

@@ -146,6 +146,15 @@ def test_integers_of_the_checkpoint_are_kept_or_multiplied_out_but_not_rounded_a
     assert (found(recipe, DOWN), found(recipe, QUERY)) == ("F16", "int8:128")
 
 
+def test_matrices_that_a_quantised_checkpoint_left_as_floats_take_the_targets_default(folders: dict[str, Path]) -> None:
+    shape = open_checkpoint(folders["llama"]).weights[DOWN].layout.shape
+    stored = {DOWN: Layout("int4", shape, "F16", group=64, scheme="gptq", bits=4)}
+    recipe = decide(folders["llama"], stored=stored)
+    assert (recipe.weights, found(recipe, DOWN), found(recipe, QUERY)) == ("int4", "int4:64", "int8:128")
+    assert Recipe.from_dict(recipe.weights, recipe.activations, recipe.to_dict()) == recipe
+    assert found(decide(folders["llama"], "int4", stored=stored), QUERY) == "int4:64"
+
+
 def test_a_rule_goes_before_the_recognition_of_ternary_weights(folders: dict[str, Path]) -> None:
     recipe = decide(folders["ternary"], rules=["*.down_proj.*=int8", "*.q_proj.*=fp32"])
     assert (recipe.weights, found(recipe, DOWN), found(recipe, QUERY)) == ("ternary", "int8:96", "BF16")
