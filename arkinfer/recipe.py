@@ -168,8 +168,8 @@ class Recipe:
         if not (rule or table or layout.quantised or self.weights in _DENSE):
             wanted = self.rest or wanted
         if wanted in _DENSE:
-            exact = "F32" if layout.quantised else layout.dtype
             # A bfloat16 weight widens to float32 exactly, so storing it wider would only cost bytes.
+            exact = layout.dtype if layout.dtype in ("F16", "BF16") and not layout.quantised else "F32"
             return Storage("dense", 0, exact if wanted == "fp32" else _DENSE[wanted])
         if layout.quantised:
             return Storage(layout.format, layout.group, layout.dtype, layout.zeros, layout.order)
