@@ -260,7 +260,7 @@ def _adds_bos(tokenizer: Path, settings: Mapping[str, Any], bos_id: int | None) 
 
 
 def describe(model: str | Path, revision: str | None = None, offline: bool = False) -> dict[str, Any]:
-    """Return what a checkpoint is, from its config and headers alone: no tensor is read or fetched."""
+    """Return what a checkpoint is, from its config and headers: no codes or floats of a weight are read."""
     checkpoint = open_checkpoint(model, revision, offline, headers_only=True)
     stored: dict[str, int] = {}
     for weight in checkpoint.weights.values():

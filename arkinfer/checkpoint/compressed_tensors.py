@@ -111,7 +111,7 @@ def weights(
     """
     if settings.method != "compressed-tensors":
         raise contradiction("compressed-tensors", name, settings)
-    schemes = _schemes(settings)
+    schemes = stated_schemes(settings)
     packed = "weight_packed" in tensors
     if "weight_scale" not in tensors:
         raise misfit(f"{name}.weight_scale", "is missing")
@@ -175,7 +175,7 @@ def _shape(name: str, tensors: Mapping[str, TensorEntry]) -> tuple[int, int] | N
     return rows, width
 
 
-def _schemes(settings: Quantization) -> list[tuple[int, int, bool]]:
+def stated_schemes(settings: Quantization) -> list[tuple[int, int, bool]]:
     """Return (bits, group size, symmetric) of each group of settings.
 
     Raises UnsupportedError for what is not integer weights alone.

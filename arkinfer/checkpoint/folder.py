@@ -40,6 +40,7 @@ class FolderCheckpoint(Checkpoint):
         self.raw_config = self._json("config.json")
         config = ModelConfig.from_json(self.raw_config)
         settings = Quantization.read(self.raw_config, self._beside())
+        layouts.check(settings)
         notes: list[str] = []
         self.weights = layouts.recognise(self._entries(), settings, config, notes)
         self.config = replace(config, notes=(*config.notes, *notes))

@@ -72,6 +72,12 @@ def recognise(
     return weights
 
 
+def check(settings: Quantization) -> None:
+    """Raise what the settings alone tell to be unreadable, before the header of any weight file is opened."""
+    if settings.method == "compressed-tensors":
+        compressed_tensors.stated_schemes(settings)
+
+
 def _reader(tensors: Mapping[str, TensorEntry], settings: Quantization) -> tuple[ModuleType | None, tuple[str, ...]]:
     """Return the reader of a module's tensors and the suffixes it takes, or None and nothing.
 

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Co
 
 from arkinfer import pipeline
 from arkinfer.checkpoint import open_checkpoint
-from arkinfer.errors import UserError
+from arkinfer.errors import UnsupportedError, UserError
 from arkinfer.graph import ModelGraph
 from arkinfer.passes import formats
 from arkinfer.recipe import Recipe, Rounding, Rule, choose
@@ -80,4 +80,16 @@ def test_settings_in_two_places_must_agree(tmp_path: Path) -> None:
     write_quantised(tmp_path, CONFIGS["llama"], SCHEMES["gptq"])
     (tmp_path / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 128}), encoding="utf-8")
     with pytest.raises(UserError, match="disagree about `group_size`"):
+        open_checkpoint(tmp_path)
+
+
+def test_eight_bit_floats_are_named(tmp_path: Path) -> None:
+    """Their dtype is in no table of arkinfer's, so the settings must speak before the headers do."""
+    write_quantised(tmp_path, CONFIGS["llama"] | {"num_hidden_layers": 1}, SCHEMES["plain-int8"])
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"dtype":"I8"', b'"dtype":"F8_E4M3"'))
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"]["format"] = "float-quantized"
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(UnsupportedError, match="compressed as 'float-quantized'"):
         open_checkpoint(tmp_path)
