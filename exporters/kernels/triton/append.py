@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from arkinfer.exporters.kernels.triton import layout
 from arkinfer.exporters.kernels.triton.kernel import Argument, Kernel, Variant, power_of_two
 from arkinfer.ops.attention import quantise_rows
 
@@ -50,6 +51,7 @@ def _arguments(options: Append) -> tuple[Argument, ...]:
 
 
 def _variant(options: Append, arch: str) -> Variant:
+    layout.check_cache(options.kv_heads, options.context, options.head_dim)
     constants: dict[str, int | float | bool | str] = {
         "HEADS": options.heads,
         "KV_HEADS": options.kv_heads,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from arkinfer.config import SparseConfig
+from arkinfer.exporters.kernels.triton import layout, tuning
 from arkinfer.exporters.kernels.triton.kernel import Argument, Kernel, Variant, ceil_div, power_of_two
 from arkinfer.ops.infllm import sparse_attention
 
@@ -97,6 +98,7 @@ def _sparse_arguments(options: Attention) -> tuple[Argument, ...]:
 
 
 def _constants(options: Attention) -> dict[str, int | float | bool | str]:
+    layout.check_cache(options.kv_heads, options.context, options.head_dim)
     return {
         "KV_HEADS": options.kv_heads,
         "GROUP": options.group,
@@ -124,14 +126,14 @@ def _combine_variant(options: Attention, arch: str) -> Variant:
 
 
 def _prefill_variant(options: Attention, arch: str) -> Variant:
-    # Tile rows are (token, head of the group); 64 of them.
-    tokens = max(1, 64 // power_of_two(options.group))
+    rows, warps = tuning.PREFILL[arch]
+    tokens = max(1, rows // power_of_two(options.group))
     constants = _constants(options) | {
         "BUDGET": options.budget,
         "TOKENS": tokens,
         "GROUP_TILE": power_of_two(options.group),
     }
-    return Variant(constants, (f"(n + {tokens - 1}) // {tokens}", str(options.kv_heads), "1"), 4, 2)
+    return Variant(constants, (f"(n + {tokens - 1}) // {tokens}", str(options.kv_heads), "1"), warps, 2)
 
 
 def _sparse_variant(options: Attention, arch: str) -> Variant:

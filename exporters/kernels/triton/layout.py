@@ -71,6 +71,17 @@ def check_group(format: str, group: int, width: int) -> None:
         )
 
 
+def check_cache(kv_heads: int, context: int, head_dim: int) -> None:
+    """Raise UnsupportedError unless the places of a layer's cache are 32-bit numbers, as the kernels count them."""
+    if kv_heads * context * head_dim >= 1 << 31:
+        raise UnsupportedError(
+            "one layer's keys are more than the CUDA kernels can count",
+            facts={"kv heads": kv_heads, "context": context, "head dim": head_dim, "limit": "2^31 elements"},
+            hint=f"--context {(1 << 31) // (kv_heads * head_dim) // BLOCK * BLOCK - BLOCK}",
+            code="ARK-E322",
+        )
+
+
 def pack(packed: Packed) -> dict[str, torch.Tensor]:
     """Return ``weight``, and ``scales``, ``zeros`` and ``order`` where it has them, for the kernels, rows to rows.
 

@@ -14,3 +14,10 @@ GEMM: Mapping[str, tuple[int, int, int]] = {
     "sm_89": (64, 128, 4),
     "sm_90": (128, 128, 8),
 }
+
+# attention_prefill: rows of a tile (tokens times query heads of a kv head), warps.
+PREFILL: Mapping[str, tuple[int, int]] = {
+    "sm_87": (64, 4),
+    "sm_89": (64, 4),
+    "sm_90": (128, 8),
+}

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arkinfer.config import SparseConfig
+from arkinfer.errors import UnsupportedError
 from arkinfer.exporters.kernels import triton as kernels
 from arkinfer.exporters.kernels.triton import layout
 from arkinfer.ops import attention
@@ -53,6 +54,17 @@ def test_packing_loses_nothing(format: str, rows: int, groups: int, group: int, 
     back = layout.canonical(format, group, packed.shape, **parts)
     assert torch.equal(back.weight, packed.weight)
     assert torch.equal(layout.dequantise(format, group, width, **parts), dequantise(packed))
+
+
+def test_what_the_kernels_cannot_read_is_refused() -> None:
+    codes = pack_nibbles(torch.zeros(1, 40, dtype=torch.uint8))
+    with pytest.raises(UnsupportedError, match="steps of 16"):
+        layout.pack(Packed("int4", 8, (1, 40), codes, torch.ones(1, 5)))
+    options = {"heads": 64, "kv_heads": 64, "head_dim": 256, "context": 131072}
+    with pytest.raises(UnsupportedError, match="more than") as error:
+        kernels.kernel("rope_append").variant(kernels.kernel("rope_append").parse(options), "sm_89")
+    context = int(error.value.hint.split()[1])
+    kernels.kernel("rope_append").variant(kernels.kernel("rope_append").parse({**options, "context": context}), "sm_89")
 
 
 def test_rows_pack_alone_as_they_do_together() -> None:
