@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,19 @@ class FolderCheckpoint(Checkpoint):
     """A checkpoint folder opened for reading. Raises UserError if it is incomplete or malformed.
 
     Links are followed within ``root``, by default the folder itself; a snapshot in the cache of huggingface_hub is made
-    of links to the blobs beside it. ``header`` reads the header of a weight file that may not be there yet.
+    of links to the blobs beside it. ``header`` reads the header of a weight file that may not be there yet; ``shards``
+    then names those files.
     """
 
     def __init__(
-        self, path: Path, root: Path | None = None, header: Callable[[Path], dict[str, TensorEntry]] | None = None
+        self,
+        path: Path,
+        root: Path | None = None,
+        header: Callable[[Path], dict[str, TensorEntry]] | None = None,
+        shards: Sequence[str] = (),
     ) -> None:
         self.path = path
+        self._shards = shards
         self._root = (root or _cache_of(path)).resolve()
         self._header = header
         self.raw_config = self._json("config.json")
@@ -69,7 +75,9 @@ class FolderCheckpoint(Checkpoint):
         if self._file(INDEX) is not None:
             weight_map = check_index(self._json(INDEX), str(self.path / INDEX))
             names = sorted(set(weight_map.values()))
-        elif self._header is not None or self._file(SINGLE) is not None:
+        elif self._header is not None:
+            names = list(self._shards)
+        elif self._file(SINGLE) is not None:
             names = [SINGLE]
         else:
             names = sorted(file.name for file in self.path.glob("*.safetensors"))

@@ -58,11 +58,11 @@ class HubCheckpoint(FolderCheckpoint):
     def __init__(self, model: HubModel, offline: bool = False, headers_only: bool = False) -> None:
         self._model = model
         offline = offline or _forced_offline(model)
-        fetched = _cached(model) if offline else _fetch(model, headers_only)
+        fetched, shards = (_cached(model), []) if offline else _fetch(model, headers_only)
         self.headers_only = headers_only and not offline
         self.revision = fetched.name
         remote = _RemoteHeaders(model, fetched.name) if self.headers_only else None
-        super().__init__(fetched, fetched.parent.parent, remote)
+        super().__init__(fetched, fetched.parent.parent, remote, shards)
 
     @property
     def name(self) -> str:
@@ -148,8 +148,8 @@ def _cached(model: HubModel) -> Path:
         ).parent
 
 
-def _fetch(model: HubModel, headers_only: bool) -> Path:
-    """Fetch what the model consists of, all files of one commit, and return the snapshot's folder."""
+def _fetch(model: HubModel, headers_only: bool) -> tuple[Path, list[str]]:
+    """Fetch what the model consists of, all files of one commit; return the snapshot's folder and its weight files."""
     from huggingface_hub import hf_hub_download
 
     api = _library(model)
@@ -181,7 +181,8 @@ def _fetch(model: HubModel, headers_only: bool) -> Path:
         index = check_index(parse_object(read_text(snapshot / INDEX), INDEX), INDEX)
         shards = sorted(set(index.values()))
     else:
-        shards = [SINGLE]
+        others = sorted(name for name in sizes if name.endswith(".safetensors"))
+        shards = [SINGLE] if SINGLE in sizes or not others else others  # packers choose names of their own
     missing = [name for name in shards if name not in sizes]
     if missing:
         pickles = any(name.endswith(PICKLES) for name in sizes)
@@ -195,7 +196,7 @@ def _fetch(model: HubModel, headers_only: bool) -> Path:
         _check_space(model, snapshot, {name: sizes[name] or 0 for name in shards})
         for name in shards:
             fetch(name)
-    return snapshot
+    return snapshot, shards
 
 
 def _contents(sizes: dict[str, int | None]) -> dict[str, str]:

@@ -90,6 +90,13 @@ def test_headers_alone_tell_the_layouts(hub: FakeHub) -> None:
     assert open_checkpoint("owner/tiny", headers_only=True).weight("model.norm.weight").rows(0, 1).weight.shape == (1,)
 
 
+@pytest.mark.parametrize("headers_only", [False, True])
+def test_weight_files_of_another_name_without_an_index(hub: FakeHub, headers_only: bool) -> None:
+    (hub.folder / "model.safetensors").rename(hub.folder / "model_gptq.safetensors")
+    checkpoint = open_checkpoint("owner/tiny", headers_only=headers_only)
+    assert checkpoint.layouts() == open_checkpoint("tiny-minicpm").layouts()
+
+
 def test_a_server_without_ranges_is_not_downloaded_whole(hub: FakeHub) -> None:
     hub.ranges = False
     error = refusal("owner/tiny", headers_only=True)
