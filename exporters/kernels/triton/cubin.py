@@ -90,7 +90,13 @@ def compile_all(
 
     Raises InternalError if the compiler fails.
     """
-    texts = [json.dumps(job.describe(), sort_keys=True) for job in jobs]
+    return compile_described([json.dumps(job.describe(), sort_keys=True) for job in jobs], progress, keep)
+
+
+def compile_described(
+    texts: Sequence[str], progress: Callable[[int, int], None] = lambda done, total: None, keep: bool = True
+) -> list[Cubin]:
+    """Return the cubins of jobs that are given as JSON: what Job.describe returns."""
     found: dict[str, Cubin] = {}
     with tempfile.TemporaryDirectory(prefix="arkinfer-") as folder:
         place = Path(folder)

@@ -122,9 +122,11 @@ def _gemv_variant(options: Linear, arch: str) -> Variant:
     per_lane = 8 if options.format == "dense" else 4  # elements of a 128-bit load
     length = options.width if options.format == "dense" else layout.words(options.format, options.width)
     warps = min(8, power_of_two(ceil_div(length, 32 * per_lane)))
-    # Rows per block share the loads of x; few rows leave more blocks, which small matrices need to fill the device.
-    tile = 4 if options.rows >= 4096 else 2
-    constants = _constants(options) | {"TILE": tile, "STEP": 32 * per_lane * warps}
+    constants = _constants(options)
+    tile = tuning.GEMV[arch][int(constants["BITS"]) or 16]
+    if options.rows < 4096:
+        tile //= 2  # more blocks, which small matrices need to fill the device
+    constants |= {"TILE": tile, "STEP": 32 * per_lane * warps}
     constants["SHARED"] = _shared(options, int(constants["PLANES"]))
     outputs = tile // 2 if options.gated else tile
     return Variant(constants, (str(ceil_div(options.columns, outputs)), "1", "1"), warps, 1)

@@ -11,6 +11,7 @@ from pathlib import Path
 os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
+from arkinfer.exporters.kernels.triton.kernel import ARCHS
 from tests.kernels.triton.cases import cases
 from tests.kernels.triton.samples import copied, deviations, draw, expected, launch
 
@@ -18,13 +19,13 @@ from tests.kernels.triton.samples import copied, deviations, draw, expected, lau
 def main() -> None:
     wanted = sys.argv[1:]
     report = {}
-    for case in cases():
+    for index, case in enumerate(cases()):
         if wanted and case.kernel not in wanted:
             continue
         values = draw(case)
         got = copied(values)
         try:
-            launch(case, got, "sm_89")
+            launch(case, got, ARCHS[index % len(ARCHS)])  # each has tile sizes of its own
             found = [[item.argument, item.error, item.allowed, item.fine] for item in
                      deviations(case, expected(case, values), got)]  # fmt: skip
         except Exception:

@@ -104,6 +104,9 @@ def test_weights_are_read_sixteen_bytes_at_a_time(compiled: Compiled, name: str)
         loads = re.findall(r"ld\.global\S*", compiled.of(name, arch).ptx)
         assert any("evict_first" in load and ".v4" in load for load in loads)
         assert not any("evict_first" in load and ".v4" not in load for load in loads)
+        # Codes are subnormal factors: flushing those to zero would lose the weights.
+        assert "fma.rn.f32" in compiled.of(name, arch).ptx
+        assert ".ftz" not in compiled.of(name, arch).ptx
 
 
 @pytest.mark.slow
