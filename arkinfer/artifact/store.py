@@ -11,8 +11,9 @@ import hashlib
 import os
 import shutil
 import stat
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ from arkinfer.artifact.manifest import FileEntry, Manifest
 from arkinfer.errors import ArtifactError, InternalError, UserError, nearest
 
 CHECKS = ("auto", "full")
+Progress = Callable[[str, int, int], None]  # stage, units done, units in all
+_READ = 1 << 20  # bytes hashed at a time
 _SCRATCH = ".scratch"  # in the staging folder
 _ASIDE = "ark-aside"
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -40,12 +43,12 @@ class Artifact:
     manifest: Manifest
 
     @classmethod
-    def open(cls, path: str | Path, check: str = "auto") -> Artifact:
+    def open(cls, path: str | Path, check: str = "auto", progress: Progress | None = None) -> Artifact:
         """Open the artifact at ``path`` after comparing it with its manifest.
 
         Every file must be there with its size and digest, and nothing else may be; links and special files inside are
         refused. ``check="full"`` reads every byte; ``"auto"`` does so the first time and then trusts this user's
-        record of the files' inode, size and times.
+        record of the files' inode, size and times. ``progress("check", bytes read, bytes in all)`` is called meanwhile.
 
         Raises UserError if nothing is there, ArtifactError for anything but an intact artifact.
         """
@@ -61,7 +64,7 @@ class Artifact:
         found = _tree(folder, manifest)
         record = verified.key(manifest.digest, found)
         if check == "full" or not verified.known(record):
-            _compare_digests(folder, manifest)
+            _compare_digests(folder, manifest, progress)
             verified.remember(record)
         return cls(folder, manifest)
 
@@ -391,10 +394,10 @@ def _tree(folder: Path, manifest: Manifest) -> dict[str, os.stat_result]:
     return found
 
 
-def _compare_digests(folder: Path, manifest: Manifest) -> None:
+def _compare_digests(folder: Path, manifest: Manifest, progress: Progress | None) -> None:
     places = {folder / name: name for name in manifest.files}
     try:
-        digests = _digests(places)
+        digests = _digests(places, progress)
     except OSError as error:
         raise _refused(folder, Path(error.filename or folder).name, error.strerror or "it cannot be read") from error
     for place, digest in digests.items():
@@ -402,17 +405,31 @@ def _compare_digests(folder: Path, manifest: Manifest) -> None:
             raise _refused(folder, places[place], "its SHA-256 is not the manifest's: it was changed or damaged")
 
 
-def _digests(places: Iterable[Path]) -> dict[Path, str]:
+def _digests(places: Iterable[Path], progress: Progress | None = None) -> dict[Path, str]:
     """Return the SHA-256 of each file, hashed on all cores, the largest first."""
-    order = sorted(places, key=lambda place: -place.stat().st_size)
+    sizes = {place: place.stat().st_size for place in places}
+    order = sorted(sizes, key=lambda place: -sizes[place])
+    done, lock = 0, threading.Lock()
+
+    def advance(count: int) -> None:
+        nonlocal done
+        with lock:
+            done += count
+            if progress is not None:
+                progress("check", done, sum(sizes.values()))
+
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        return dict(zip(order, pool.map(_hash, order), strict=True))
+        return dict(zip(order, pool.map(lambda place: _hash(place, advance), order), strict=True))
 
 
-def _hash(place: Path) -> str:
+def _hash(place: Path, advance: Callable[[int], None]) -> str:
     descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    digest, buffer = hashlib.sha256(), bytearray(_READ)
+    with os.fdopen(descriptor, "rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+            advance(count)
+    return digest.hexdigest()
 
 
 def _sync(place: Path) -> None:

@@ -146,6 +146,15 @@ def one_artifact(named: str | None, bare: tuple[str, ...] | str | None) -> str:
     return given[0]
 
 
+def open_artifact(place: str, check: str = "auto") -> Artifact:
+    """Open an artifact; reading every byte of a large one shows on the terminal."""
+    from arkinfer.artifact import Artifact
+    from arkinfer.cli.progress import Progress
+
+    with Progress(patience=1.0) as progress:
+        return Artifact.open(place, check, progress)
+
+
 def print_json(value: object) -> None:
     """Write ``value`` to stdout."""
     click.echo(json.dumps(value, ensure_ascii=False, indent=1))

@@ -82,9 +82,8 @@ def command(
     """
     place = arguments.one_artifact(named, bare)
     from arkinfer import backends
-    from arkinfer.artifact import Artifact
 
-    artifact = Artifact.open(place)
+    artifact = arguments.open_artifact(place)
     executor = backends.open(artifact, threads, attention)
     try:
         tests = _tests(executor.max_context, prompts, answers, depths)

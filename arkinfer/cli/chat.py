@@ -49,10 +49,9 @@ def command(
 ) -> None:
     """Talk with a model. Ctrl-C ends an answer, Ctrl-D the conversation; /help lists what else there is."""
     place = arguments.one_artifact(named, bare)
-    from arkinfer.artifact import Artifact
     from arkinfer.runtime.engine import open_engine
 
-    artifact = Artifact.open(place)
+    artifact = arguments.open_artifact(place)
     with open_engine(artifact, threads, attention) as engine:
         click.echo(f"{artifact.manifest.name}: {arguments.parity_sentence(artifact)}", err=True)
         click.echo("/help shows the commands.", err=True)

@@ -31,9 +31,7 @@ def command(
     if graph and as_json:
         raise click.UsageError("--graph prints text: leave --json out.")
     if named or (Path(place) / "manifest.json").is_file() or place.rstrip("/").endswith(".ark"):
-        from arkinfer.artifact import Artifact
-
-        artifact = Artifact.open(place)
+        artifact = arguments.open_artifact(place)
         if graph:
             click.echo(artifact.file("payload/graph.txt").read_text(encoding="utf-8"), nl=False)
         elif as_json:

@@ -12,10 +12,14 @@ _BYTES = ("weights", "check")  # stages whose units are bytes
 
 
 class Progress:
-    """Call it with (stage, done, total); as a context manager it leaves a clean line behind."""
+    """Call it with (stage, done, total); as a context manager it leaves a clean line behind.
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    A stage that ends within ``patience`` seconds leaves nothing.
+    """
+
+    def __init__(self, stream: TextIO | None = None, patience: float = 0.0) -> None:
         self._stream = stream if stream is not None else sys.stderr
+        self._patience = patience
         self._shown = self._stream.isatty()
         self._stage = ""
         self._began = self._drawn = 0.0
@@ -34,7 +38,7 @@ class Progress:
         if stage != self._stage:
             self._finish()
             self._stage, self._began, self._drawn, self._first = stage, now, 0.0, done
-        if now - self._drawn < _INTERVAL and done < total:
+        if now - self._began < self._patience or (now - self._drawn < _INTERVAL and done < total):
             return
         self._drawn = now
         filled = WIDTH * done // total if total > 0 else 0
@@ -50,7 +54,8 @@ class Progress:
         return f"{rate}{elapsed * (total - done) / advanced:.0f} s left"
 
     def _finish(self, failed: bool = False) -> None:
-        if not self._stage:
+        if not self._drawn:
+            self._stage = ""
             return
         seconds = time.monotonic() - self._began
         self._write(f"{self._stage:<14.14} {'stopped after' if failed else ''} {seconds:.1f} s".replace("  s", " s"))

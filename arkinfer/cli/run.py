@@ -57,10 +57,9 @@ def command(
     if system is not None and raw:
         raise click.UsageError("--system needs the chat template: leave --raw out.")
     prompt_text = _read(text, source)
-    from arkinfer.artifact import Artifact
     from arkinfer.runtime.engine import open_engine
 
-    artifact = Artifact.open(place)
+    artifact = arguments.open_artifact(place)
     with open_engine(artifact, threads, attention) as engine:
         prompt = _prompt(engine, prompt_text, system, raw)
         result = _generate(engine, prompt, {**options, "stop": list(stop)}, quiet=as_json)

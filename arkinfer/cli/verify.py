@@ -20,9 +20,8 @@ def command(context: click.Context, bare: str | None, named: str | None, suite: 
     Every file is checked against its digest first. Exit status 4 says that the artifact computes something else.
     """
     from arkinfer import parity, pipeline
-    from arkinfer.artifact import Artifact
 
-    artifact = Artifact.open(arguments.one_artifact(named, bare), check="full")
+    artifact = arguments.open_artifact(arguments.one_artifact(named, bare), check="full")
     with Progress() as progress:
         report = pipeline.verify_artifact(artifact, suite, progress)
     if as_json:

@@ -308,7 +308,7 @@ class TestRecord:
         copy = samples.copy(artifact, tmp_path / "copy.ark")
         hashed: list[Path] = []
         real = store._hash
-        monkeypatch.setattr(store, "_hash", lambda place: hashed.append(place) or real(place))  # type: ignore[func-returns-value]
+        monkeypatch.setattr(store, "_hash", lambda place, advance: hashed.append(place) or real(place, advance))  # type: ignore[func-returns-value]
         Artifact.open(copy)
         assert len(hashed) == len(samples.FILES)
         Artifact.open(copy)
@@ -317,7 +317,7 @@ class TestRecord:
         assert len(hashed) == 2 * len(samples.FILES)
 
     def test_a_built_artifact_is_known(self, artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(store, "_hash", lambda place: pytest.fail(f"read {place}"))
+        monkeypatch.setattr(store, "_hash", lambda place, advance: pytest.fail(f"read {place}"))
         Artifact.open(artifact.path)
 
     def test_change_with_restored_times_is_seen(self, artifact: Artifact) -> None:
@@ -339,7 +339,7 @@ class TestRecord:
         verified.folder().chmod(0o777)
         read = []
         real = store._hash
-        monkeypatch.setattr(store, "_hash", lambda place: read.append(place) or real(place))  # type: ignore[func-returns-value]
+        monkeypatch.setattr(store, "_hash", lambda place, advance: read.append(place) or real(place, advance))  # type: ignore[func-returns-value]
         Artifact.open(artifact.path)
         assert read
 

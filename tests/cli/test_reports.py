@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import os
 import subprocess
@@ -12,6 +14,7 @@ import pytest
 
 import arkinfer as package
 from arkinfer import exporters
+from arkinfer.artifact import Artifact
 from arkinfer.cli import COMMANDS
 from arkinfer.cli.progress import Progress
 from tests.cli.conftest import Arkinfer
@@ -123,14 +126,15 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     assert done.stderr == ""
 
 
-def test_progress_of_bytes_says_how_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    import io
-    import itertools
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
+
+def test_progress_of_bytes_says_how_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count(step=3)
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
-    screen = io.StringIO()
-    monkeypatch.setattr(screen, "isatty", lambda: True)
+    screen = Terminal()
     with Progress(screen) as progress:
         progress("weights", 400_000_000, 1_000_000_000)  # what an interrupted build had finished
         progress("weights", 700_000_000, 1_000_000_000)
@@ -138,12 +142,6 @@ def test_progress_of_bytes_says_how_fast(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_progress_is_for_terminals(capsys: pytest.CaptureFixture[str]) -> None:
-    import io
-
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     screen, file = Terminal(), io.StringIO()
     for stream in (screen, file):
         with Progress(stream) as progress:
@@ -152,3 +150,18 @@ def test_progress_is_for_terminals(capsys: pytest.CaptureFixture[str]) -> None:
             progress("verify", 0, 1)
     assert file.getvalue() == ""
     assert "compile" in screen.getvalue() and "10/10" in screen.getvalue() and screen.getvalue().endswith("\n")
+
+
+def test_a_stage_that_ends_within_its_patience_leaves_nothing() -> None:
+    screen = Terminal()
+    with Progress(screen, patience=60) as progress:
+        progress("check", 0, 10)
+        progress("check", 10, 10)
+    assert screen.getvalue() == ""
+
+
+def test_every_byte_is_reported_while_an_artifact_is_checked(ark: str) -> None:
+    seen: list[tuple[str, int, int]] = []
+    artifact = Artifact.open(ark, "full", lambda *step: seen.append(step))
+    total = sum(entry.size for entry in artifact.manifest.files.values())
+    assert seen[-1] == ("check", total, total)
