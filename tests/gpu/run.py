@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,18 +94,26 @@ def check(case: Case, arch: str, seed: int) -> dict[str, Any]:
     return row
 
 
-def seconds(run: Callable[[int], None], repeats: int = 30) -> float:
-    """Return the median time of ``run(i)`` by CUDA events, after a warm-up."""
-    for index in range(3):
+def seconds(run: Callable[[int], None], launches: int = 16, repeats: int = 20) -> float:
+    """Return the median time of ``run(i)`` by CUDA events, over replays of a graph of ``launches`` of them.
+
+    Launched one by one, the host's part of a launch would be timed, not the kernel.
+    """
+    for index in range(launches):
         run(index)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for index in range(launches):
+            run(index)
     times = []
-    for index in range(repeats):
+    for _ in range(repeats):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        run(index)
+        graph.replay()
         stop.record()
         stop.synchronize()
-        times.append(start.elapsed_time(stop) / 1e3)
+        times.append(start.elapsed_time(stop) / 1e3 / launches)
     return statistics.median(times)
 
 
@@ -116,11 +125,15 @@ def copy_bandwidth() -> float:
     def copy(_: int) -> None:
         target.copy_(source)
 
-    return 2 * source.nbytes / seconds(copy)
+    return 2 * source.nbytes / seconds(copy, launches=4)
 
 
 def _read(values: Values, names: tuple[str, ...]) -> int:
     return sum(value.nbytes for name in names if isinstance(value := values.get(name), torch.Tensor))
+
+
+def _launch_next(case: Case, sets: list[Values], arch: str, index: int) -> None:
+    launch(case, sets[index % len(sets)], arch)
 
 
 def timings(arch: str, bandwidth: float) -> Iterator[dict[str, Any]]:
@@ -142,12 +155,12 @@ def timings(arch: str, bandwidth: float) -> Iterator[dict[str, Any]]:
         sets = [first]
         while len(sets) * size < 512 << 20 and len(sets) < 512:
             sets.append({name: value.clone() if name in names else value for name, value in first.items()})  # type: ignore[union-attr]
-        took = seconds(lambda index, case=case, sets=sets: launch(case, sets[index % len(sets)], arch))
+        run = partial(_launch_next, case, sets, arch)
+        took = seconds(run, launches=max(16, len(sets)))
         yield {"what": title, "microseconds": took * 1e6, "bytes": size, "share_of_copy": size / took / bandwidth}
     for name, options in FORMATS.items():
         case = Case("linear_gemm", {"rows": 4096, "width": 4096, **options}, n=2048)
-        values = on_device(draw(case))
-        took = seconds(lambda _, case=case, values=values: launch(case, values, arch))
+        took = seconds(partial(_launch_next, case, [on_device(draw(case))], arch))
         yield {"what": f"gemm {name} 2048x4096x4096", "microseconds": took * 1e6,
                "tflops": 2 * 2048 * 4096 * 4096 / took / 1e12}  # fmt: skip
     left, right = (torch.randn(size, 4096, dtype=torch.float16, device="cuda") for size in (2048, 4096))
