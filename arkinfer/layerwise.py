@@ -95,9 +95,10 @@ class Layerwise:
         self._load("model.norm", model.model.norm)
         table = self._fetch("model.embed_tokens.weight" if self._config.tie_embeddings else "lm_head.weight")
         model.lm_head.pack(_plain(table))
-        with torch.no_grad():
-            for states in hidden:
-                yield model.head(model.model.norm(states))
+        for states in hidden:
+            with torch.no_grad():  # never across a yield: it would hold for whoever asks for the next one
+                values: torch.Tensor = model.head(model.model.norm(states))
+            yield values
 
     def _load(self, name: str, module: nn.Module) -> None:
         for inner, part in module.named_modules():

@@ -101,7 +101,10 @@ def test_layer_by_layer_is_what_the_reference_computes(family: str, tmp_path: Pa
     weights = CheckpointWeights(checkpoint)
     windows = [[(7 * i + i * i) % 400 for i in range(count)] for count in (150, 3, 40)]
     model = Layerwise(checkpoint.config, fetch_from(lowered.graph, recipe.layouts, weights))
-    found = list(model.logits(model.run(windows, lambda: None)))
+    draw = model.logits(model.run(windows, lambda: None))
+    found = [next(draw)]
+    assert torch.is_grad_enabled()  # the caller's setting, even while a measurement is under way
+    found += draw
     reference = Reference(lowered.graph, weights, "fp32")
     for window, logits in zip(windows, found, strict=True):
         expected = reference.step(window, reference.new_state(len(window)), "all")
