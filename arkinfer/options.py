@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from arkinfer import exporters
 from arkinfer.config import ModelConfig
 from arkinfer.errors import UserError, nearest
 from arkinfer.exporters.base import BuildOptions
@@ -35,6 +36,22 @@ def resolve(config: ModelConfig, target: Target, kv: str | None, attention: str,
             code="ARK-E135",
         )
     return BuildOptions(kv, attention, wanted)
+
+
+def computed(target: Target, activations: str) -> str:
+    """Return the activations of a build, where auto is for the weights to decide unless the target decides.
+
+    Raises UserError for int8 activations where the target's kernels have none.
+    """
+    if exporters.ACTIVATIONS.get(target.backend) != "float" or activations == "float":
+        return activations
+    if activations == "int8":
+        raise UserError(
+            f"the kernels for {target.name} multiply float16 activations, not int8",
+            hint="--activations float",
+            code="ARK-E131",
+        )
+    return "float" if activations == "auto" else activations
 
 
 def fallback(target: Target) -> str:

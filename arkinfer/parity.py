@@ -67,7 +67,10 @@ def int8_gate(floor: np.ndarray, agreed: float) -> Gate:
 
 @dataclass(frozen=True)
 class Report:
-    """The outcome of a verification; ``positions`` next-token distributions were compared."""
+    """The outcome of a verification; ``positions`` next-token distributions were compared.
+
+    ``evidence`` says what computed them: "ran" (the device), or "compiled, plan interpreted" where that is absent.
+    """
 
     suite: str
     path: str
@@ -81,6 +84,7 @@ class Report:
     data: str
     faults: tuple[str, ...]
     first_bad_layer: str | None = None
+    evidence: str = "ran"
 
     @property
     def passed(self) -> bool:
@@ -90,7 +94,8 @@ class Report:
         """Return one sentence for people."""
         verdict = "verified" if self.passed else "NOT verified"
         figures = f"mean KL {self.mean_kl:.1e}, top-1 {self.top1:.2%}"
-        return f"{verdict} over {self.positions} positions: {figures} ({self.path} path)"
+        where = "" if self.evidence == "ran" else f"; {self.evidence}"
+        return f"{verdict} over {self.positions} positions: {figures} ({self.path} path{where})"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as the manifest seals it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,19 @@ from arkinfer import graph as graphs
 from arkinfer import parity as verification
 from arkinfer import quality as qualities
 from arkinfer.artifact import Artifact, Writer
+from arkinfer.backends.base import Executor
 from arkinfer.checkpoint import Checkpoint, open_checkpoint
 from arkinfer.checkpoint.stored import Layout
 from arkinfer.config import ModelConfig
 from arkinfer.errors import UnsupportedError, UserError, nearest
-from arkinfer.exporters.base import BuildOptions
+from arkinfer.exporters.base import BuildOptions, Exporter
 from arkinfer.graph import ModelGraph
-from arkinfer.options import fallback, resolve
+from arkinfer.options import computed, fallback, resolve
 from arkinfer.quant import pgptq
 from arkinfer.recipe import Recipe, Rounding, Rule, choose
 from arkinfer.reference import Reference, WeightSource
 from arkinfer.runtime.tokenizer import Tokenizer
+from arkinfer.targets import probe
 from arkinfer.weights import CheckpointWeights
 
 Progress = Callable[[str, int, int], None]
@@ -125,7 +127,9 @@ def build(
     expected = structure.shapes(checkpoint.config)
     structure.require(checkpoint.layouts(), expected)
     body = structure.body(checkpoint.config)
-    recipe = choose(weights, fallback(description), body, expected, checkpoint, activations, rounding)
+    recipe = choose(
+        weights, fallback(description), body, expected, checkpoint, computed(description, activations), rounding
+    )
     line, warnings = planning.outlook(checkpoint, recipe, description, options, destination)
     for text in (line, *(f"warning: {warning}" for warning in warnings)):
         (say or _unheard)(text)
@@ -176,7 +180,7 @@ def build(
         if verify != "none":
             staged = writer.preview(fields)
             packed = exporter.weights(lowered.graph, staged.file, payload.origins)
-            outcome = _compare(staged, lowered, packed, options, verify, report)
+            outcome = _compare(staged, exporter, lowered, packed, options, verify, report)
             verification.require(outcome)
             fields["parity"] = outcome.to_dict()
         fields["quality"] = qualities.examine(
@@ -194,21 +198,39 @@ def verify_artifact(artifact: Artifact, suite: str = "fast", progress: Progress 
     exporter = exporters.get(manifest.backend)
     options = BuildOptions(manifest.kv, manifest.attention, manifest.context)
     source = exporter.weights(lowered.graph, artifact.file)
-    return _compare(artifact, lowered, source, options, suite, progress or _quiet)
+    return _compare(artifact, exporter, lowered, source, options, suite, progress or _quiet)
 
 
 def _compare(
-    artifact: Artifact, lowered: Lowered, source: WeightSource, options: BuildOptions, suite: str, progress: Progress
+    artifact: Artifact,
+    exporter: Exporter,
+    lowered: Lowered,
+    source: WeightSource,
+    options: BuildOptions,
+    suite: str,
+    progress: Progress,
 ) -> verification.Report:
     tokenizer = Tokenizer.from_file(artifact.file("tokenizer.json"))
     texts = verification.windows(tokenizer.encode, lowered.graph.config.vocab_size, suite, options.context)
     path = "int8" if "int8" in (options.kv, lowered.recipe.activations) else "fp16" if options.kv == "fp16" else "float"
-    executor = backends.open(artifact)
+    if path == "int8" and exporter.precision == "fp16":
+        path = "fp16"  # its own rounding is coarser than what int8 caches add
+    executor, evidence = _executor(artifact, exporter)
     try:
         reference = Reference(lowered.graph, source, options.kv, options.attention)
-        return verification.compare(executor, reference, texts, suite, path, progress)
+        report = verification.compare(executor, reference, texts, suite, path, progress)
+        return replace(report, evidence=evidence)
     finally:
         executor.close()
+
+
+def _executor(artifact: Artifact, exporter: Exporter) -> tuple[Executor, str]:
+    """Open what can run ``artifact`` on this machine, and say what its results are worth."""
+    if probe.usable(artifact.manifest.target["arch"]) is None:
+        executor = exporter.interpreter(artifact)
+        if executor is not None:
+            return executor, "compiled, plan interpreted"
+    return backends.open(artifact), "ran"
 
 
 def _copy_assets(checkpoint: Checkpoint, writer: Writer) -> None:

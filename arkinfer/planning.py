@@ -12,14 +12,15 @@ from typing import Any
 from arkinfer import estimate, exporters, structure, targets
 from arkinfer.amounts import size
 from arkinfer.artifact.tensors import ITEM_BYTES, TensorSpec
-from arkinfer.backends.tvm import BLOCK, CacheSpec, decode_bytes, threshold, visible
+from arkinfer.backends.gears import decode_bytes, threshold, visible
+from arkinfer.backends.tvm import BLOCK, CacheSpec
 from arkinfer.checkpoint import Checkpoint, open_checkpoint
 from arkinfer.config import ModelConfig
 from arkinfer.effort import Effort, effort
 from arkinfer.errors import UserError
 from arkinfer.exporters import outline as cpu
 from arkinfer.exporters.base import BuildOptions
-from arkinfer.options import fallback, resolve
+from arkinfer.options import computed, fallback, resolve
 from arkinfer.recipe import Recipe, Rounding, Rule, Storage, choose
 from arkinfer.structure import Matrix, Structure
 from arkinfer.targets import Target, probe
@@ -348,7 +349,7 @@ class _Draft:
         config = checkpoint.config
         recipe = choose(
             asked.weights, fallback(target), structure.body(config), structure.shapes(config), checkpoint,
-            asked.activations, asked.rounding,
+            computed(target, asked.activations), asked.rounding,
         )  # fmt: skip
         return cls(checkpoint, target, asked, recipe)
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from arkinfer.artifact import Artifact
     from arkinfer.backends.base import Executor
 
-BACKENDS = {"tvm": "arkinfer.backends.tvm:open"}
+BACKENDS = {"cuda": "arkinfer.backends.cuda:open", "tvm": "arkinfer.backends.tvm:open"}
 
 
 def open(artifact: Artifact, threads: int | None = None, attention: str | None = None) -> Executor:

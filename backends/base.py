@@ -8,7 +8,8 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from arkinfer.errors import UnsupportedError
+from arkinfer.errors import UnsupportedError, UserError
+from arkinfer.targets import probe
 
 Rows: TypeAlias = Literal["last", "all", "none"]
 
@@ -55,6 +56,26 @@ class Executor(ABC):
         when a token is outside the vocabulary or the state would overflow.
         """
 
+    def check(self, tokens: Sequence[int], state: State) -> np.ndarray:
+        """Return ``tokens`` as int32 if ``state`` can take them. Raises UserError for the reasons that `step` names."""
+        ids = np.array(tokens, np.int64)
+        if ids.size == 0:
+            raise UserError("a step needs at least one token", code="ARK-E214")
+        if int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size:
+            raise UserError(
+                "a token id lies outside the vocabulary",
+                facts={"ids": f"{ids.min()}..{ids.max()}", "vocabulary": self.vocab_size},
+                code="ARK-E215",
+            )
+        if state.length + ids.size > state.capacity:
+            raise UserError(
+                "the context is full",
+                facts={"in the context": state.length, "new tokens": ids.size, "capacity": state.capacity},
+                hint="start a new session, or build again with a larger --context",
+                code="ARK-E216",
+            )
+        return ids.astype(np.int32)
+
     def trace(self, tokens: Sequence[int], state: State) -> Mapping[str, np.ndarray]:
         """Append ``tokens`` like ``step`` and return inner values by name, see ``tap``."""
         raise UnsupportedError(f"the {type(self).__name__} shows no inner values", code="ARK-E320")
@@ -75,6 +96,10 @@ class Executor(ABC):
         """Return the bytes that one decode step must read when ``depth`` tokens are in the context."""
         raise UnsupportedError(f"the {type(self).__name__} does not count its memory traffic", code="ARK-E320")
 
+    def bandwidth(self, seconds: float = 1.0) -> float:
+        """Measure for about ``seconds`` how fast the memory that the executor reads can be read, in bytes/s."""
+        return probe.measure_read_bandwidth(self.threads, seconds)
+
     def prefill_ops(self, tokens: int, depth: int) -> int:
         """Return the multiply and add operations of a prefill of ``tokens`` after ``depth`` (attention excluded)."""
         raise UnsupportedError(f"the {type(self).__name__} does not count its operations", code="ARK-E320")
@@ -85,3 +110,10 @@ class Executor(ABC):
         Counted as in ``prefill_ops``, for the arithmetic that the artifact's linear layers use. Takes about a second.
         """
         raise UnsupportedError(f"the {type(self).__name__} does not measure its arithmetic peak", code="ARK-E320")
+
+
+def truncated(state: State, length: int) -> int:
+    """Return ``length`` if ``state`` can be cut to it. Raises UserError otherwise."""
+    if not 0 <= length <= state.length:
+        raise UserError(f"cannot truncate a state of {state.length} tokens to {length}", code="ARK-E211")
+    return length

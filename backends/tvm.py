@@ -21,13 +21,13 @@ import numpy as np
 
 from arkinfer.artifact import Artifact
 from arkinfer.artifact.tensors import load as load_tensors
-from arkinfer.backends.base import Executor, State
+from arkinfer.backends.base import Executor, State, truncated
+from arkinfer.backends.gears import decode_bytes, gear
 from arkinfer.errors import ArtifactError, UnsupportedError, UserError
 from arkinfer.targets.probe import isa_levels
 
 PLAN_FORMAT = 1  # of payload/plan.json
 BLOCK = 64  # capacities are whole attention blocks
-NEVER = 2**62  # a dense_len that no position reaches
 _CPU = 1  # DLPack's kDLCPU
 _POOLED = 2  # the VM's pooled allocator
 
@@ -108,30 +108,6 @@ class CacheSpec:
         return (slice(None),) * axis + (slice(0, -(-length // (self.stride * self.pack))),)
 
 
-def threshold(sparse: Mapping[str, int] | None, attention: str) -> int:
-    """Return the length from which rows attend sparsely, by the artifact's ``sparse`` and the gear asked for."""
-    if attention == "dense" or sparse is None:
-        return NEVER
-    length = int(sparse["dense_len"])
-    return 0 if attention == "sparse" or length < 0 else length
-
-
-def visible(sparse: Mapping[str, int] | None, gear: int, depth: int) -> int:
-    """Return how many keys the row at ``depth`` attends to, itself included; ``gear`` is ``threshold``'s result."""
-    if depth + 1 < gear or sparse is None:
-        return depth + 1
-    blocks = sparse["topk"] + sparse["window_size"] // sparse["block_size"]
-    return min(depth + 1, blocks * sparse["block_size"])
-
-
-def decode_bytes(entry: Mapping[str, float], sparse: Mapping[str, int] | None, gear: int, depth: int) -> int:
-    """Return the bytes that one decode step must read; ``entry`` and ``sparse`` are those of payload/plan.json."""
-    total = entry["weights"] + visible(sparse, gear, depth) * entry["kv_per_token"]
-    if depth + 1 < gear or sparse is None:
-        return int(total)
-    return int(total + (depth + 1) * entry["compressed_per_token"])
-
-
 class TvmState(State):
     """The caches of one sequence."""
 
@@ -144,9 +120,7 @@ class TvmState(State):
 
     def truncate(self, length: int) -> None:
         """Forget every token from ``length`` on; later steps overwrite what the caches hold of them."""
-        if not 0 <= length <= self.length:
-            raise UserError(f"cannot truncate a state of {self.length} tokens to {length}", code="ARK-E211")
-        self.length = length
+        self.length = truncated(self, length)
 
     def fork(self) -> TvmState:
         """Return an independent copy."""
@@ -191,7 +165,7 @@ class TvmExecutor(Executor):
         self.max_context = int(plan["max_context"])
         self.cache_specs = [CacheSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in plan["caches"]]
         self._attention = attention or artifact.manifest.attention
-        self._gear = self._threshold(self._attention)
+        self._gear = gear(plan["sparse"], self._attention)
         frequencies = plan["rope"]["inverse_frequencies"]
         self._frequencies = np.array([float.fromhex(value) for value in frequencies], np.float32)
         self._magnitude = np.float32(float.fromhex(plan["rope"]["magnitude"]))
@@ -214,18 +188,6 @@ class TvmExecutor(Executor):
         self._one = _aligned((1,), np.int32)
         self._one_tensor = self.ffi.from_dlpack(self._one)
         self._row = self.ffi.from_dlpack(_aligned((1,), np.int32))
-
-    def _threshold(self, attention: str) -> int:
-        sparse = self.plan["sparse"]
-        if attention == "sparse" and sparse is None:
-            raise UserError(
-                "this model has no sparse attention: its config has no sparse_config",
-                hint="--attention dense, or add sparse_config to config.json and build again",
-                code="ARK-E213",
-            )
-        if attention not in ("auto", "dense", "sparse"):
-            raise UserError(f"attention is auto, dense or sparse, not {attention!r}", code="ARK-E213")
-        return threshold(sparse, attention)
 
     def new_state(self, capacity: int | None = None) -> TvmState:
         """Reserve caches for ``capacity`` tokens (default: the artifact's context), rounded up to whole blocks."""
@@ -269,22 +231,7 @@ class TvmExecutor(Executor):
 
     def _check(self, tokens: Sequence[int], state: State) -> np.ndarray:
         ids = _aligned((len(tokens),), np.int32)
-        ids[:] = tokens
-        if ids.size == 0:
-            raise UserError("a step needs at least one token", code="ARK-E214")
-        if int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size:
-            raise UserError(
-                "a token id lies outside the vocabulary",
-                facts={"ids": f"{ids.min()}..{ids.max()}", "vocabulary": self.vocab_size},
-                code="ARK-E215",
-            )
-        if state.length + ids.size > state.capacity:
-            raise UserError(
-                "the context is full",
-                facts={"in the context": state.length, "new tokens": ids.size, "capacity": state.capacity},
-                hint="start a new session, or build again with a larger --context",
-                code="ARK-E216",
-            )
+        ids[:] = self.check(tokens, state)
         return ids
 
     def tap(self, names: Sequence[str]) -> Mapping[str, np.ndarray]:

@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING
 from arkinfer.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from arkinfer.exporters.base import Exporter
-    from arkinfer.exporters.outline import CpuOutline
+    from arkinfer.exporters.base import Exporter, Outline
 
-EXPORTERS = {"tvm": "arkinfer.exporters.tvm:TvmExporter"}
-OUTLINES = {"tvm": "arkinfer.exporters.outline:CpuOutline"}  # what `plan` asks instead: they load no compiler
+EXPORTERS = {"cuda": "arkinfer.exporters.cuda:CudaExporter", "tvm": "arkinfer.exporters.tvm:TvmExporter"}
+# What `plan` asks instead: they load no compiler.
+OUTLINES = {
+    "cuda": "arkinfer.exporters.cuda_outline:CudaOutline",
+    "tvm": "arkinfer.exporters.outline:CpuOutline",
+}
+ACTIVATIONS = {"cuda": "float"}  # what auto means, where it is not for the weights to decide
 
 
 def get(backend: str) -> Exporter:
@@ -29,10 +33,10 @@ def get(backend: str) -> Exporter:
     return exporter
 
 
-def outline_of(backend: str) -> CpuOutline | None:
+def outline_of(backend: str) -> Outline | None:
     """Return what this version knows of payloads for ``backend`` without building one, or None."""
     if backend not in OUTLINES:
         return None
     module, name = OUTLINES[backend].split(":")
-    found: CpuOutline = getattr(import_module(module), name)()
+    found: Outline = getattr(import_module(module), name)()
     return found

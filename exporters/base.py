@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,7 +10,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from arkinfer.targets import Target
 
 if TYPE_CHECKING:
+    from arkinfer.artifact import Artifact
     from arkinfer.artifact.journal import Journal
+    from arkinfer.artifact.tensors import TensorSpec
+    from arkinfer.backends.base import Executor
+    from arkinfer.config import ModelConfig
     from arkinfer.graph import ModelGraph
     from arkinfer.reference import RowSource, WeightSource
 
@@ -51,8 +55,31 @@ class StoredMatrix(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
 
+class Outline(Protocol):
+    """What `arkinfer plan` asks of a backend: answers from shapes alone, without a compiler or torch."""
+
+    def reasons(
+        self, config: ModelConfig, weights: Iterable[StoredMatrix], target: Target, options: BuildOptions
+    ) -> list[str]:
+        """Return why the kernels cannot run a model; empty if they can."""
+        ...
+
+    def parameters(self, weight: StoredMatrix, dtype: str, zeros: bool, gated: bool) -> Mapping[str, TensorSpec]:
+        """Return the tensors that hold one matrix."""
+        ...
+
+    def native(self, operators: Mapping[str, int]) -> dict[str, int]:
+        """Return those of ``operators`` that have a kernel of their own."""
+        ...
+
+
 class Exporter(Protocol):
-    """Host side of a backend."""
+    """Host side of a backend.
+
+    ``precision`` is that of values between operators, "float" (float32) or "fp16": verification judges by its gate.
+    """
+
+    precision: str
 
     def prepare(self, target: Target) -> None:
         """Start what takes long to start; ``close`` ends it."""
@@ -89,4 +116,8 @@ class Exporter(Protocol):
 
         With ``origins`` of its Payload, each is compared with what it was before it was repacked.
         """
+        ...
+
+    def interpreter(self, artifact: Artifact) -> Executor | None:
+        """Return what runs ``artifact`` where its device is absent, or None where nothing does."""
         ...

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from arkinfer.artifact import Artifact
 from arkinfer.artifact.journal import Journal
 from arkinfer.errors import UnsupportedError
 from arkinfer.exporters import compiled, outline, refusals
@@ -33,6 +34,8 @@ TOOLS = ("apache-tvm", "apache-tvm-ffi", "ziglang")
 
 class TvmExporter:
     """Lowers to TIR kernels; one shared library per instruction-set level, one weight file for all of them."""
+
+    precision = "float"
 
     def __init__(self) -> None:
         self._compilers: dict[str, Compiler] = {}
@@ -98,6 +101,9 @@ class TvmExporter:
     ) -> WeightSource:
         """Return the weights of an artifact in canonical form, unpacked from the kernels' layout."""
         return weight_file.ArtifactWeights(model, file(WEIGHTS), origins)
+
+    def interpreter(self, artifact: Artifact) -> None:
+        """Return None: compiled code for processors only runs on them."""
 
 
 def _installed(tool: str) -> bool:

@@ -7,7 +7,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -22,6 +22,7 @@ LEVELS: Mapping[str, tuple[str, ...]] = {
     "x86-64-v3": ("avx2", "fma", "f16c", "bmi1", "bmi2", "movbe"),
     "aarch64-dotprod": ("asimd", "asimddp"),
 }
+_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +72,56 @@ def cores() -> int:
 
 def level_for(target: Target) -> str | None:
     """Return the level of ``target`` that this machine would run, or None if it can run none."""
-    usable = isa_levels()
-    return next((level for level in target.arch if level in usable), None)
+    return usable(target.arch)
+
+
+def usable(levels: Sequence[str]) -> str | None:
+    """Return the first of ``levels``, of processors or GPUs, that this machine can run, or None."""
+    here = isa_levels()
+    if any(level.startswith("sm_") for level in levels) and (device := gpu()) is not None:
+        here += (device.level,)
+    return next((level for level in levels if level in here), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """The first NVIDIA GPU: name, level ("sm_89"), memory in bytes, the CUDA version that its driver speaks."""
+
+    name: str
+    level: str
+    memory: int
+    cuda: str
+
+
+def cuda_driver() -> ctypes.CDLL | None:
+    """Return the library of NVIDIA's driver, or None where it is not installed."""
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+
+
+def gpu() -> Gpu | None:
+    """Return the first GPU as its driver describes it, or None without a driver or a GPU; nothing is allocated."""
+    driver = cuda_driver()
+    if driver is None:
+        return None
+    count, device, version, major, minor = (ctypes.c_int() for _ in range(5))
+    memory, name = ctypes.c_size_t(), ctypes.create_string_buffer(128)
+    calls: tuple[Callable[[], int], ...] = (
+        lambda: driver.cuInit(0),
+        lambda: driver.cuDeviceGetCount(ctypes.byref(count)),
+        lambda: driver.cuDeviceGet(ctypes.byref(device), 0),
+        lambda: driver.cuDriverGetVersion(ctypes.byref(version)),
+        lambda: driver.cuDeviceGetName(name, len(name), device),
+        lambda: driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device),
+        lambda: driver.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY[0], device),
+        lambda: driver.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY[1], device),
+    )
+    if any(call() for call in calls):  # each returns 0 where it succeeds; no device is an error of cuDeviceGet
+        return None
+    cuda = f"{version.value // 1000}.{version.value % 1000 // 10}"
+    return Gpu(name.value.decode(errors="replace"), f"sm_{major.value}{minor.value}", memory.value, cuda)
 
 
 def measure_read_bandwidth(threads: int | None = None, seconds: float = 1.0, size: int = 256 << 20) -> float:

@@ -166,9 +166,11 @@ def parity_sentence(artifact: Artifact) -> str:
     if parity is None:
         return f"unverified: nobody has compared it with the reference (arkinfer verify {artifact.path.name})"
     verdict = "verified" if parity.get("passed") else "FAILED verification"
+    evidence = parity.get("evidence", "ran")
     return (
         f"{verdict}: mean KL {parity.get('mean_kl', float('nan')):.1e}, "
         f"top-1 {100 * parity.get('top1', float('nan')):.2f} % over {parity.get('positions')} positions"
+        + ("" if evidence == "ran" else f"; {evidence}: nothing ran on the device")
     )
 
 

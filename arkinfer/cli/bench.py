@@ -225,7 +225,7 @@ def _machine(executor: Executor, artifact: Artifact) -> dict[str, Any]:
         "load_average": round(os.getloadavg()[0], 2),
         "threads": executor.threads,
         "isa": executor.isa,
-        "read_bandwidth_gb_s": round(probe.measure_read_bandwidth(executor.threads) / 1e9, 2),
+        "read_bandwidth_gb_s": round(executor.bandwidth() / 1e9, 2),
         "peak_gop_s": None if peak is None else round(peak / 1e9, 1),
         "artifact": {
             "name": artifact.manifest.name,

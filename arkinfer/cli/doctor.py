@@ -31,12 +31,13 @@ PACKAGES: Mapping[str, str] = {
     "PyYAML": "run",
     "tokenizers": "run",
     "minijinja": "run",
-    "apache-tvm": "run",
-    "apache-tvm-ffi": "run",
     "torch": "build",
-    "ziglang": "build",
 }
-_EXTRAS = {"run": "pip install 'arkinfer[runtime,tvm]'", "build": "pip install 'arkinfer[build]'"}
+BACKEND_PACKAGES: Mapping[str, Mapping[str, str]] = {
+    "tvm": {"apache-tvm": "run", "apache-tvm-ffi": "run", "ziglang": "build"},
+    "cuda": {"cuda-bindings": "target", "triton": "build"},
+}
+_BUILD = {"tvm": "pip install 'arkinfer[build]'", "cuda": "pip install 'arkinfer[build,cuda-build]'"}
 _COMPARE: Mapping[str, Callable[[tuple[int, ...], tuple[int, ...]], bool]] = {
     "==": operator.eq,
     "!=": operator.ne,
@@ -70,7 +71,7 @@ def command(context: click.Context, target: str, as_json: bool) -> None:
     from arkinfer import targets
 
     chosen = targets.load(target)
-    findings = [*_system(), *_packages(chosen), *_tools(), *_target(chosen)]
+    findings = [*_system(), *_packages(chosen), *_tools(chosen), *_target(chosen)]
     lacking = {item.needed_for for item in findings if item.verdict == "missing"}
     abilities = {"run": "run" not in lacking, "build": not lacking & {"build", "run"}}
     if "target" in lacking:  # the compiler is not bound to this machine's processor, the result is
@@ -121,11 +122,11 @@ def _system() -> list[Finding]:
 
 def _packages(target: Target) -> list[Finding]:
     findings = []
-    for name, purpose in PACKAGES.items():
+    for name, purpose in {**PACKAGES, **BACKEND_PACKAGES.get(target.backend, {})}.items():
         try:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:
-            findings.append(Finding(name, "not installed", "missing", purpose, _EXTRAS[purpose]))
+            findings.append(Finding(name, "not installed", "missing", purpose, _fix(target, purpose)))
             continue
         wanted = target.toolchain.get(name, "")
         if wanted and not _within(version, wanted):
@@ -134,6 +135,12 @@ def _packages(target: Target) -> list[Finding]:
         else:
             findings.append(Finding(name, version, "ok", purpose))
     return findings
+
+
+def _fix(target: Target, purpose: str) -> str:
+    if purpose == "build":
+        return _BUILD.get(target.backend, _BUILD["tvm"])
+    return f"pip install 'arkinfer[runtime,{target.backend}]'"
 
 
 def _within(version: str, wanted: str) -> bool:
@@ -149,7 +156,9 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(digits) for digits in re.findall(r"\d+", version.partition("+")[0]))
 
 
-def _tools() -> list[Finding]:
+def _tools(target: Target) -> list[Finding]:
+    if target.backend == "cuda":
+        return [_driver()]
     linker = importlib.util.find_spec("ziglang") is not None
     package = importlib.util.find_spec("tvm")
     roots = list(package.submodule_search_locations or ()) if package is not None else []
@@ -160,16 +169,27 @@ def _tools() -> list[Finding]:
             "ld.lld of ziglang" if linker else "none",
             "ok" if linker else "missing",
             "build",
-            "" if linker else _EXTRAS["build"],
+            "" if linker else _fix(target, "build"),
         ),
         Finding(
             "tvm runtime",
             library.name if library else "none",
             "ok" if library else "missing",
             "run",
-            "" if library else _EXTRAS["run"],
+            "" if library else _fix(target, "run"),
         ),
     ]
+
+
+def _driver() -> Finding:
+    from arkinfer.targets import probe
+
+    device = probe.gpu()
+    if device is not None:
+        value = f"{device.name} ({device.level}), {arguments.size(device.memory)}, driver for CUDA {device.cuda}"
+        return Finding("GPU", value, "ok", "target")
+    value = "the driver shows none" if probe.cuda_driver() is not None else "no NVIDIA driver (libcuda.so.1)"
+    return Finding("GPU", value, "missing", "target", "build here and run the artifact on a machine that has one")
 
 
 def _target(target: Target) -> list[Finding]:

@@ -20,9 +20,7 @@ def decode_limit(executor: Executor, depth: int, bandwidth: float) -> float | No
 
 def decode_sentence(executor: Executor, depth: int, tokens_per_second: float, seconds: float = 0.4) -> str:
     """Return "N tok/s, M % of the memory-bandwidth limit"; takes ``seconds`` to measure the bandwidth."""
-    from arkinfer.targets import probe
-
-    bandwidth = probe.measure_read_bandwidth(executor.threads, seconds)
+    bandwidth = executor.bandwidth(seconds)
     limit = decode_limit(executor, depth, bandwidth)
     if limit is None:
         return f"{tokens_per_second:.1f} tok/s"

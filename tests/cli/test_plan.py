@@ -14,7 +14,8 @@ import arkinfer as public
 from arkinfer import graph as graphs
 from arkinfer import pipeline, planning, targets
 from arkinfer.artifact.tensors import TensorSpec, read_header
-from arkinfer.backends.tvm import CacheSpec, decode_bytes, threshold
+from arkinfer.backends.gears import decode_bytes, threshold
+from arkinfer.backends.tvm import CacheSpec
 from arkinfer.checkpoint import open_checkpoint
 from arkinfer.errors import UserError
 from arkinfer.estimate import Rates

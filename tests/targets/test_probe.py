@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from typing import Any
 
 import pytest
 
@@ -47,3 +48,37 @@ def test_level_for_takes_the_targets_order(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_bandwidth_is_positive(threads: int) -> None:
     assert probe.measure_read_bandwidth(threads, seconds=0.0, size=8 << 20) > 1e8
+
+
+class _Driver:
+    """libcuda.so.1 of a machine with ``count`` GPUs, as ctypes would call it."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __getattr__(self, name: str) -> Any:
+        values = {"cuDriverGetVersion": 12060, "cuDeviceTotalMem_v2": 24 << 30, "cuDeviceGetCount": self.count}
+
+        def call(*arguments: Any) -> int:
+            if name == "cuDeviceGet":
+                return 0 if self.count else 101
+            if name == "cuDeviceGetName":
+                arguments[0].value = b"NVIDIA GeForce RTX 4090"
+            elif name == "cuDeviceGetAttribute":
+                arguments[0]._obj.value = {75: 8, 76: 9}[arguments[1]]
+            elif name in values:
+                arguments[0]._obj.value = values[name]
+            return 0
+
+        return call
+
+
+def test_a_gpu_is_what_its_driver_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "cuda_driver", lambda: _Driver(1))
+    assert probe.gpu() == probe.Gpu("NVIDIA GeForce RTX 4090", "sm_89", 24 << 30, "12.6")
+    assert probe.usable(["sm_87", "sm_89"]) == "sm_89"
+    assert probe.usable(["sm_90"]) is None
+    monkeypatch.setattr(probe, "cuda_driver", lambda: _Driver(0))
+    assert probe.gpu() is None
+    monkeypatch.setattr(probe, "cuda_driver", lambda: None)
+    assert probe.gpu() is None and probe.usable(["sm_89"]) is None

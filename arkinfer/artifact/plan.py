@@ -1,0 +1,366 @@
+"""The execution plan of a GPU artifact: buffers, kernels and ordered launches, as data that every side reads alike.
+
+A plan holds one schedule per kind of step (decode, verify, prefill). Its buffers are named; a launch hands a kernel
+pointers into them. Sizes are numbers or expressions over ``n`` (tokens of the step) and ``r`` (rows whose logits are
+wanted). Scratch buffers are places in one arena, planned by lifetime.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from typing import Any
+
+FORMAT = 1  # of payload/plan.json; readers refuse any other
+ALIGNMENT = 256  # bytes; kernels are compiled for pointers to whole multiples of 16
+ITEM_BYTES: Mapping[str, int] = {
+    "uint8": 1, "int8": 1, "int32": 4, "float16": 2, "bfloat16": 2, "float32": 4,
+}  # fmt: skip
+KINDS = ("parameter", "cache", "input", "output", "control", "scratch")
+ROLES = ("in", "out", "inout", "scalar")
+CONTROL = ("position", "dense_len", "tokens")  # the first int32 values of the control buffer
+CONTROL_SIZE = 16  # int32 values
+NEVER = 1 << 30  # a dense_len that no position reaches
+
+Extent = int | str
+
+
+@cache
+def _parsed(text: str) -> ast.expr:
+    try:
+        return ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError) as error:
+        raise ValueError(f"{text[:80]!r} is not an expression") from error
+
+
+def evaluate(extent: Extent, sizes: Mapping[str, int]) -> int:
+    """Return the value of a number or of an expression over ``sizes``: names, whole numbers, ``+ - * //``, brackets.
+
+    Raises ValueError for anything else.
+    """
+    if isinstance(extent, int):
+        return extent
+
+    def value(node: ast.expr) -> int:
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            return node.value
+        if isinstance(node, ast.Name) and node.id in sizes:
+            return sizes[node.id]
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -value(node.operand)
+        if isinstance(node, ast.BinOp):
+            left, right = value(node.left), value(node.right)
+            if isinstance(node.op, ast.Add):
+                return left + right
+            if isinstance(node.op, ast.Sub):
+                return left - right
+            if isinstance(node.op, ast.Mult):
+                return left * right
+            if isinstance(node.op, ast.FloorDiv) and right:
+                return left // right
+        raise ValueError(f"{extent!r} uses more than {', '.join(sizes)}, whole numbers and + - * //")
+
+    return value(_parsed(extent))
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Memory for one tensor. ``offset`` is the place of a scratch buffer in the arena, in bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[Extent, ...]
+    kind: str
+    offset: int | None = None
+
+    def extents(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        return tuple(evaluate(extent, sizes) for extent in self.shape)
+
+    def nbytes(self, sizes: Mapping[str, int]) -> int:
+        return ITEM_BYTES[self.dtype] * math.prod(self.extents(sizes))
+
+
+@dataclass(frozen=True)
+class Argument:
+    """What a kernel takes: a device pointer to ``shape`` elements (``role`` in, out or inout), or, for the role scalar,
+    an int32 passed by value: the expression in ``shape[0]``. Rows lie ``row_stride`` elements apart (0: back to back).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[Extent, ...]
+    role: str = "in"
+    row_stride: int = 0
+
+    def extents(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        return tuple(evaluate(extent, sizes) for extent in self.shape)
+
+    def strides(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Return the distance, in elements, of neighbours along each axis."""
+        extents = self.extents(sizes)
+        strides = [math.prod(extents[axis + 1 :]) for axis in range(len(extents))]
+        if self.row_stride:
+            strides[0] = self.row_stride
+        return tuple(strides)
+
+    def span(self, sizes: Mapping[str, int]) -> int:
+        """Return the bytes from the first element to the end of the last."""
+        extents = self.extents(sizes)
+        if not math.prod(extents):
+            return 0
+        last = sum(stride * (extent - 1) for stride, extent in zip(self.strides(sizes), extents, strict=True))
+        return ITEM_BYTES[self.dtype] * (last + 1)
+
+
+@dataclass(frozen=True)
+class Image:
+    """A kernel compiled for one architecture: ``file`` (cubin) and ``ptx`` lie in the artifact.
+
+    A launch passes the arguments in order, then two zero words of 64 bits, to ``entry``. ``grid`` is in blocks of
+    32 * ``warps`` threads with ``shared`` bytes of dynamic shared memory.
+    """
+
+    file: str
+    ptx: str
+    entry: str
+    grid: tuple[Extent, Extent, Extent]
+    warps: int
+    shared: int
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One entry of the kernel table: a kernel of the registry under certain options, and its images by architecture."""
+
+    name: str
+    options: Mapping[str, Any]
+    arguments: tuple[Argument, ...]
+    images: Mapping[str, Image] = field(default_factory=dict)
+
+    @property
+    def pointed(self) -> list[Argument]:
+        """The arguments that are pointers, in order."""
+        return [argument for argument in self.arguments if argument.role != "scalar"]
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """An address: ``offset`` bytes into a buffer."""
+
+    buffer: str
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: ``kernel`` is a place in the kernel table, ``pointers`` are in the order of its pointers."""
+
+    kernel: int
+    pointers: tuple[Pointer, ...]
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A value worth looking at: what ``buffer`` holds after launch ``after``, under a public name."""
+
+    name: str
+    buffer: str
+    after: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What runs for a step of at most ``tokens`` tokens: the launches before ``head`` once, then those from ``head`` on
+    once for every ``rows`` rows of logits that are wanted.
+    """
+
+    tokens: int
+    rows: int
+    scratch: tuple[Buffer, ...]
+    launches: tuple[Launch, ...]
+    head: int
+    taps: tuple[Tap, ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a step that one run of a schedule computes: tokens ``start`` to ``stop``, and the rows among them
+    (counted from ``start``) whose logits are wanted, in groups that the head takes at once.
+    """
+
+    schedule: str
+    start: int
+    stop: int
+    groups: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that an executor needs beside the weights: ``facts`` are the model's (vocabulary, rope, sparse, traffic)."""
+
+    levels: tuple[str, ...]
+    buffers: tuple[Buffer, ...]
+    kernels: tuple[Kernel, ...]
+    schedules: Mapping[str, Schedule]
+    arena: int
+    facts: Mapping[str, Any]
+
+    def of_kind(self, kind: str) -> list[Buffer]:
+        return [buffer for buffer in self.buffers if buffer.kind == kind]
+
+    def pieces(self, count: int, logits: str) -> list[Piece]:
+        """Cut a step of ``count`` tokens: each piece takes the smallest schedule that holds what is left, else the
+        largest. ``logits`` is last, all or none.
+        """
+        by_size = sorted(self.schedules, key=lambda name: self.schedules[name].tokens)
+        pieces, start = [], 0
+        while start < count:
+            left = count - start
+            name = next((name for name in by_size if self.schedules[name].tokens >= left), by_size[-1])
+            schedule = self.schedules[name]
+            size = min(left, schedule.tokens)
+            rows = range(size) if logits == "all" else range(size - 1, size if logits == "last" and size == left else 0)
+            groups = [tuple(rows[first : first + schedule.rows]) for first in range(0, len(rows), schedule.rows)]
+            pieces.append(Piece(name, start, start + size, tuple(groups)))
+            start += size
+        return pieces
+
+    def to_json(self) -> str:
+        """Return the plan as canonical JSON."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True, indent=1) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Read and check a plan. Raises ValueError, with the reason, for anything but a sound one."""
+        data = json.loads(text)
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            found = data.get("format") if isinstance(data, dict) else None
+            raise ValueError(f"its format is {found!r}, and this version of arkinfer reads {FORMAT}")
+        try:
+            plan = _plan(data)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"an entry is missing or malformed: {error}") from error
+        plan.check()
+        return plan
+
+    def check(self) -> None:
+        """Raise ValueError where a launch would leave its buffers or call a kernel with other arguments than it has."""
+        names = {buffer.name for buffer in self.buffers}
+        if len(names) != len(self.buffers):
+            raise ValueError("two buffers have one name")
+        for buffer in self.buffers:
+            _check_buffer(buffer)
+        for label, schedule in self.schedules.items():
+            sizes = {"n": schedule.tokens, "r": schedule.rows}
+            table = {buffer.name: buffer for buffer in (*self.buffers, *schedule.scratch)}
+            if len(table) != len(self.buffers) + len(schedule.scratch):
+                raise ValueError(f"{label}: two buffers have one name")
+            for buffer in schedule.scratch:
+                _check_buffer(buffer)
+                end = -1 if buffer.offset is None else buffer.offset + buffer.nbytes(sizes)
+                if buffer.offset is None or buffer.offset < 0 or buffer.offset % ALIGNMENT or end > self.arena:
+                    raise ValueError(f"{label}: {buffer.name} does not lie in the arena")
+            if not 0 <= schedule.head <= len(schedule.launches):
+                raise ValueError(f"{label}: the head lies outside the launches")
+            for launch in schedule.launches:
+                self._check_launch(label, launch, table, sizes)
+            for tap in schedule.taps:
+                if tap.buffer not in table or not 0 <= tap.after < len(schedule.launches):
+                    raise ValueError(f"{label}: the tap {tap.name} looks at nothing")
+
+    def _check_launch(self, label: str, launch: Launch, table: Mapping[str, Buffer], sizes: Mapping[str, int]) -> None:
+        if not 0 <= launch.kernel < len(self.kernels):
+            raise ValueError(f"{label}: a launch calls kernel {launch.kernel} of {len(self.kernels)}")
+        kernel = self.kernels[launch.kernel]
+        if len(launch.pointers) != len(kernel.pointed):
+            raise ValueError(f"{label}: {kernel.name} takes {len(kernel.pointed)} pointers")
+        for argument, pointer in zip(kernel.pointed, launch.pointers, strict=True):
+            buffer = table.get(pointer.buffer)
+            if buffer is None:
+                raise ValueError(f"{label}: {kernel.name} takes {pointer.buffer}, which there is not")
+            if buffer.dtype != argument.dtype:
+                raise ValueError(
+                    f"{label}: {kernel.name} takes {argument.name} as {argument.dtype}, not {buffer.dtype}"
+                )
+            if pointer.offset < 0 or pointer.offset + argument.span(sizes) > buffer.nbytes(sizes):
+                raise ValueError(f"{label}: {kernel.name} reaches beyond {pointer.buffer}")
+            if pointer.offset % 16:
+                raise ValueError(f"{label}: {kernel.name} takes {pointer.buffer} at an odd place")
+            if argument.role != "in" and buffer.kind == "parameter":
+                raise ValueError(f"{label}: {kernel.name} writes to {pointer.buffer}")
+
+    def dump(self) -> str:
+        """Return the plan as text for people: buffers, then one launch a line."""
+        context = self.facts["max_context"]
+        lines = [f"# for {', '.join(self.levels)}; arena of {self.arena:,} bytes; context {context:,}"]
+        for kind in KINDS[:-1]:
+            lines += [f"{kind} {_described(buffer)}" for buffer in self.of_kind(kind)]
+        for name, schedule in self.schedules.items():
+            lines += ["", f"schedule {name}: n <= {schedule.tokens}, r <= {schedule.rows}"]
+            lines += [f"  scratch {_described(buffer)} @ {buffer.offset}" for buffer in schedule.scratch]
+            taps = {tap.after: tap for tap in schedule.taps}
+            for index, launch in enumerate(schedule.launches):
+                if index == schedule.head:
+                    lines.append("  head:")
+                lines.append(f"  {index:3} {self._call(launch)}")
+                if index in taps:
+                    lines.append(f"      # {taps[index].name} = {taps[index].buffer}")
+        return "\n".join(lines) + "\n"
+
+    def _call(self, launch: Launch) -> str:
+        kernel = self.kernels[launch.kernel]
+        options = ", ".join(f"{key}={value}" for key, value in sorted(kernel.options.items()))
+        arguments = ", ".join(
+            f"{'' if argument.role == 'in' else argument.role + ' '}{argument.name}={pointer.buffer}"
+            + (f"+{pointer.offset}" if pointer.offset else "")
+            for argument, pointer in zip(kernel.pointed, launch.pointers, strict=True)
+        )
+        return f"{kernel.name}<{options}>({arguments})"
+
+
+def _described(buffer: Buffer) -> str:
+    return f"{buffer.name}: {buffer.dtype}[{', '.join(map(str, buffer.shape))}]"
+
+
+def _check_buffer(buffer: Buffer) -> None:
+    if buffer.dtype not in ITEM_BYTES or buffer.kind not in KINDS:
+        raise ValueError(f"{buffer.name} is a {buffer.kind} of {buffer.dtype}")
+    if any(extent < 0 for extent in buffer.extents({"n": 1, "r": 1})):
+        raise ValueError(f"{buffer.name} has a negative extent")
+
+
+def _plan(data: Mapping[str, Any]) -> Plan:
+    def buffers(items: Sequence[Mapping[str, Any]]) -> tuple[Buffer, ...]:
+        return tuple(Buffer(**{**item, "shape": tuple(item["shape"])}) for item in items)
+
+    def image(item: Mapping[str, Any]) -> Image:
+        x, y, z = item["grid"]
+        return Image(**{**item, "grid": (x, y, z)})
+
+    def kernel(item: Mapping[str, Any]) -> Kernel:
+        images = {level: image(found) for level, found in item["images"].items()}
+        arguments = tuple(Argument(**{**each, "shape": tuple(each["shape"])}) for each in item["arguments"])
+        if any(argument.dtype not in ITEM_BYTES or argument.role not in ROLES for argument in arguments):
+            raise ValueError(f"{item['name']} has an argument of unknown kind")
+        return Kernel(item["name"], item["options"], arguments, images)
+
+    def launch(item: Mapping[str, Any]) -> Launch:
+        return Launch(item["kernel"], tuple(Pointer(**pointer) for pointer in item["pointers"]))
+
+    def schedule(item: Mapping[str, Any]) -> Schedule:
+        launches = tuple(launch(each) for each in item["launches"])
+        taps = tuple(Tap(**tap) for tap in item["taps"])
+        return Schedule(item["tokens"], item["rows"], buffers(item["scratch"]), launches, item["head"], taps)
+
+    return Plan(
+        levels=tuple(data["levels"]),
+        buffers=buffers(data["buffers"]),
+        kernels=tuple(kernel(item) for item in data["kernels"]),
+        schedules={name: schedule(item) for name, item in data["schedules"].items()},
+        arena=data["arena"],
+        facts=data["facts"],
+    )

@@ -1,0 +1,341 @@
+"""The cuda backend: a plan of launches on one NVIDIA GPU, weights uploaded once, decoding as one CUDA graph a token.
+
+Only numpy, cuda-bindings and the driver are loaded. All memory is reserved when the artifact is opened: weights, the
+caches of one sequence, workspace. The kernels are compiled for the artifact's whole context, so every further sequence
+takes the same again; the caches of a state that is no longer used are kept for the next.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from arkinfer.artifact import Artifact
+from arkinfer.artifact.plan import CONTROL_SIZE, NEVER, Extent, Kernel, Launch, Plan, Schedule, evaluate
+from arkinfer.artifact.tensors import load as load_tensors
+from arkinfer.backends.base import Executor, Rows, State, truncated
+from arkinfer.backends.cuda_driver import Driver, places, present_gpu
+from arkinfer.backends.gears import decode_bytes, gear
+from arkinfer.backends.rotation import tables
+from arkinfer.errors import ArtifactError, UnsupportedError
+from arkinfer.targets.probe import Gpu
+
+PLAN = "payload/plan.json"
+PIECE = 64 << 20  # bytes of weights uploaded at a time
+COPIED, COPIES = 256 << 20, 8  # bytes, far more than a cache holds, and times that they are copied for one measurement
+BLOCK = 64  # contexts are whole attention blocks
+
+
+@dataclass
+class Slot:
+    """The caches of one sequence on the device: addresses by buffer name, and the decode graph that uses them."""
+
+    block: int
+    addresses: Mapping[str, int]
+    graph: Any = None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A kernel on the device."""
+
+    function: Any
+    grid: tuple[Extent, Extent, Extent]
+    threads: int
+    shared: int
+    kinds: tuple[str, ...]
+
+
+class CudaState(State):
+    """One sequence: a slot of caches and how much of it is in use."""
+
+    def __init__(self, executor: CudaExecutor, capacity: int) -> None:
+        self.executor, self.capacity, self.length = executor, capacity, 0
+        self.slot = executor.take_slot()
+        # A state that nobody holds any more gives its caches back, whatever thread collects it.
+        weakref.finalize(self, executor.idle.append, self.slot).atexit = False
+
+    def truncate(self, length: int) -> None:
+        """Forget every token from ``length`` on; later steps overwrite what the caches hold of them."""
+        self.length = truncated(self, length)
+
+    def fork(self) -> CudaState:
+        """Return an independent copy, made on the device."""
+        twin = CudaState(self.executor, self.capacity)
+        self.executor.copy_slot(twin.slot, self.slot)
+        twin.length = self.length
+        return twin
+
+
+class CudaExecutor(Executor):
+    """Runs one artifact on the first GPU. Not thread-safe: the Engine serialises its steps."""
+
+    def __init__(self, artifact: Artifact, threads: int | None, attention: str | None) -> None:
+        self.plan = plan = _read_plan(artifact)
+        facts = plan.facts
+        self.threads = threads or 1
+        self.vocab_size, self.max_context = int(facts["vocab_size"]), int(facts["max_context"])
+        self._gear = min(gear(facts["sparse"], attention or artifact.manifest.attention), NEVER)
+        gpu = present_gpu(plan.levels, str(artifact.manifest.target.get("name")))
+        level, translated = _level(artifact, plan, gpu)
+        self.isa = f"{gpu.level}, translated from {level}" if translated else level
+        self.driver = Driver()
+        try:
+            self._reserve(artifact)
+            self._kernels = [self._load(artifact, kernel, level, translated) for kernel in plan.kernels]
+        except BaseException:
+            self.close()
+            raise
+        self._traced: dict[str, np.ndarray] = {}
+
+    def _load(self, artifact: Artifact, kernel: Kernel, level: str, translated: bool) -> Loaded:
+        image = kernel.images[level]
+        code = artifact.file(image.ptx if translated else image.file).read_bytes()
+        function = self.driver.function(code + b"\0" * translated, image.entry, image.shared)
+        kinds = tuple("int32" if argument.role == "scalar" else "pointer" for argument in kernel.arguments)
+        return Loaded(function, image.grid, 32 * image.warps, image.shared, kinds)
+
+    def _reserve(self, artifact: Artifact) -> None:
+        """Allocate all memory and fill it with what stays. Raises UnsupportedError where it does not fit."""
+        plan, driver = self.plan, self.driver
+        fixed = {
+            b.name: b.nbytes({}) for kind in ("control", "input", "output", "parameter") for b in plan.of_kind(kind)
+        }
+        offsets, size = places({**fixed, "arena": plan.arena})
+        self._cache_offsets, self._cache_size = places({b.name: b.nbytes({}) for b in plan.of_kind("cache")})
+        self._fit(size)
+        block = driver.allocate(size)
+        self._addresses = {name: block + offset for name, offset in offsets.items()}
+        self.idle = [self._new_slot()]
+        arrays = load_tensors(artifact.file(plan.facts["weights"]), ArtifactError, "ARK-E511")
+        for buffer in plan.of_kind("parameter"):
+            data = arrays.pop(buffer.name).reshape(-1).view(np.uint8)
+            for start in range(0, data.size, PIECE):
+                driver.upload(self._addresses[buffer.name] + start, data[start : start + PIECE])
+        rope = plan.facts["rope"]
+        frequencies = np.array([float.fromhex(value) for value in rope["inverse_frequencies"]], np.float32)
+        rotation = tables(frequencies, float.fromhex(rope["magnitude"]), 0, int(plan.facts["capacity"]))
+        for name, table in zip(("cos", "sin"), rotation, strict=True):
+            driver.upload(self._addresses[name], table)
+
+    def _fit(self, fixed: int) -> None:
+        free = self.driver.free_memory()
+        needed = fixed + self._cache_size
+        if needed <= free:
+            return
+        capacity = int(self.plan.facts["capacity"])
+        largest = max(0, free - fixed) * capacity // max(1, self._cache_size) // BLOCK * BLOCK
+        raise UnsupportedError(
+            "the GPU has too little free memory for this artifact",
+            facts={
+                "needed": f"{needed:,} bytes",
+                "free": f"{free:,} bytes",
+                "context": f"{self.max_context:,} tokens",
+                "context that would fit": f"{largest:,} tokens" if largest else "none: the weights alone are too large",
+            },
+            hint=f"arkinfer build MODEL --context {largest}" if largest else "arkinfer build MODEL --weights int4",
+            code="ARK-E343",
+        )
+
+    def _new_slot(self) -> Slot:
+        block = self.driver.allocate(self._cache_size)
+        return Slot(block, {name: block + offset for name, offset in self._cache_offsets.items()})
+
+    def take_slot(self) -> Slot:
+        """Return caches that no state uses, new ones if there are none."""
+        self.driver.current()
+        return self.idle.pop() if self.idle else self._new_slot()
+
+    def copy_slot(self, target: Slot, source: Slot) -> None:
+        """Copy all caches of a sequence."""
+        self.driver.current()
+        self.driver.copy(target.block, source.block, self._cache_size)
+
+    def new_state(self, capacity: int | None = None) -> CudaState:
+        """Reserve caches; the kernels are compiled for the artifact's whole context, so it takes that much memory."""
+        return CudaState(self, min(capacity or self.max_context, self.max_context))
+
+    def step(self, tokens: Sequence[int], state: State, logits: Rows = "last") -> np.ndarray:
+        """Append ``tokens`` to ``state`` and return float32 logits (rows, vocab): the last row's, all, or none."""
+        return self._run(tokens, state, logits, {})
+
+    def _run(self, tokens: Sequence[int], state: State, logits: Rows, kept: dict[str, list[np.ndarray]]) -> np.ndarray:
+        assert isinstance(state, CudaState)
+        ids = self.check(tokens, state)
+        self.driver.current()
+        pieces = self.plan.pieces(len(ids), logits)
+        found = np.empty((sum(len(group) for piece in pieces for group in piece.groups), self.vocab_size), np.float32)
+        row = 0
+        for piece in pieces:
+            schedule = self.plan.schedules[piece.schedule]
+            count = piece.stop - piece.start
+            self._write_inputs(state.length, ids[piece.start : piece.stop])
+            if schedule.tokens == 1 and piece.groups and not kept:
+                self.driver.replay(self._graph(schedule, state.slot))
+            else:
+                self._start(schedule, schedule.launches[: schedule.head], state.slot, count, 0, kept)
+            for group in piece.groups:
+                if schedule.tokens > 1 or kept:
+                    self.driver.upload(self._addresses["rows"], np.array(group, np.int32))
+                    self._start(schedule, schedule.launches[schedule.head :], state.slot, count, len(group), {})
+                self.driver.download(found[row : row + len(group)], self._addresses["logits"])
+                row += len(group)
+            state.length += count
+        self.driver.wait()
+        return found
+
+    def _write_inputs(self, position: int, ids: np.ndarray) -> None:
+        control = np.zeros(CONTROL_SIZE, np.int32)
+        control[:3] = position, self._gear, len(ids)
+        self.driver.upload(self._addresses["control"], control)
+        self.driver.upload(self._addresses["tokens"], ids)
+
+    def _graph(self, schedule: Schedule, slot: Slot) -> Any:
+        """Return the captured decode step on ``slot``: position and token are read from the device's memory."""
+        if slot.graph is None:
+            slot.graph = self.driver.capture(lambda: self._start(schedule, schedule.launches, slot, 1, 1, {}))
+        return slot.graph
+
+    def _start(
+        self,
+        schedule: Schedule,
+        launches: Sequence[Launch],
+        slot: Slot,
+        tokens: int,
+        rows: int,
+        kept: dict[str, list[np.ndarray]],
+    ) -> None:
+        """Start ``launches``; where ``kept`` has a tap's name, append what its buffer then holds."""
+        sizes = {"n": tokens, "r": rows}
+        arena = self._addresses["arena"]
+        scratch = {buffer.name: arena + int(buffer.offset or 0) for buffer in schedule.scratch}
+        addresses = {**self._addresses, **slot.addresses, **scratch}
+        taps = {tap.after: tap for tap in schedule.taps} if kept else {}
+        for index, launch in enumerate(launches):
+            kernel, loaded = self.plan.kernels[launch.kernel], self._kernels[launch.kernel]
+            pointers = iter(launch.pointers)
+            values = []
+            for argument in kernel.arguments:
+                if argument.role == "scalar":
+                    values.append(evaluate(argument.shape[0], sizes))
+                else:
+                    pointer = next(pointers)
+                    values.append(addresses[pointer.buffer] + pointer.offset)
+            x, y, z = (evaluate(extent, sizes) for extent in loaded.grid)
+            self.driver.launch(loaded.function, (x, y, z), loaded.threads, loaded.shared, values, loaded.kinds)
+            if index in taps:
+                buffer = next(each for each in schedule.scratch if each.name == taps[index].buffer)
+                stream = np.empty(buffer.extents(sizes), np.float32)
+                self.driver.download(stream, addresses[buffer.name])
+                kept[taps[index].name].append(stream)
+
+    def trace(self, tokens: Sequence[int], state: State) -> Mapping[str, np.ndarray]:
+        """Run ``tokens`` like ``step`` and keep the residual stream after every layer for ``tap``."""
+        names = [tap.name for schedule in self.plan.schedules.values() for tap in schedule.taps]
+        kept: dict[str, list[np.ndarray]] = {name: [] for name in names}
+        self._run(tokens, state, "last", kept)
+        self._traced = {name: np.concatenate(parts) for name, parts in kept.items()}
+        return self._traced
+
+    def tap(self, names: Sequence[str]) -> Mapping[str, np.ndarray]:
+        """Return inner values of the last ``trace``: ``layer.N`` is (tokens, hidden) after layer N."""
+        return {name: self._traced[name] for name in names}
+
+    def fill(self, state: State, depth: int, seed: int = 0) -> None:
+        """Make ``state`` ``depth`` tokens long with random caches, for timing at depth without a prefill."""
+        assert isinstance(state, CudaState)
+        self.driver.current()
+        generator = np.random.default_rng(seed)
+        for buffer in self.plan.of_kind("cache"):
+            size = buffer.nbytes({})
+            tile = generator.standard_normal(min(size, 1 << 20), np.float32)
+            if buffer.dtype == "int8":
+                tile *= 40
+            elif buffer.name.endswith("_scale"):
+                tile = np.abs(tile) * np.float32(0.02)
+            sample = tile.astype(buffer.dtype).view(np.uint8)
+            for start in range(0, size, sample.size):
+                self.driver.upload(state.slot.addresses[buffer.name] + start, sample[: size - start])
+        state.length = depth
+
+    def decode_bytes(self, depth: int) -> int:
+        """Return the bytes that one decode step must read at a context of ``depth`` tokens: weights and caches."""
+        return decode_bytes(self.plan.facts["bytes"], self.plan.facts["sparse"], self._gear, depth)
+
+    def bandwidth(self, seconds: float = 1.0) -> float:
+        """Measure for about ``seconds`` how fast the device copies within its memory: bytes read and written, in /s."""
+        driver = self.driver
+        driver.current()
+        size = min(COPIED, driver.free_memory() // 4)
+        blocks = [driver.allocate(size) for _ in range(2)]
+        best, stop = 0.0, time.monotonic() + seconds
+        try:
+            while not best or time.monotonic() < stop:
+                driver.wait()
+                start = time.perf_counter()
+                for _ in range(COPIES):
+                    driver.copy(blocks[0], blocks[1], size)
+                driver.wait()
+                best = max(best, 2 * COPIES * size / (time.perf_counter() - start))
+        finally:
+            for block in blocks:
+                driver.free(block)
+        return best
+
+    def prefill_ops(self, tokens: int, depth: int) -> int:
+        """Return the operations of the linear layers for ``tokens`` prompt tokens (attention excluded)."""
+        return int(self.plan.facts["ops_per_token"]) * tokens
+
+    def close(self) -> None:
+        """Free the device's memory."""
+        driver, self.driver = getattr(self, "driver", None), None  # type: ignore[assignment]
+        if driver is not None:
+            driver.close()
+
+
+def _read_plan(artifact: Artifact) -> Plan:
+    try:
+        return Plan.from_json(artifact.file(PLAN).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArtifactError(
+            "the artifact's plan cannot be run",
+            facts={"file": PLAN, "reason": error},
+            hint="arkinfer build MODEL -o NAME.ark --force",
+            code="ARK-E512",
+        ) from error
+
+
+def _level(artifact: Artifact, plan: Plan, gpu: Gpu) -> tuple[str, bool]:
+    """Return which of the plan's levels ``gpu`` runs, and whether the driver must translate its PTX.
+
+    Cubins run on their own architecture. PTX runs on every later one, unless its target ends with a letter (sm_90a).
+    """
+    if gpu.level in plan.levels:
+        return gpu.level, False
+    here = int(gpu.level.removeprefix("sm_"))
+    for level in sorted(plan.levels, key=lambda level: -int(level.removeprefix("sm_"))):
+        text = artifact.file(plan.kernels[0].images[level].ptx).read_text(encoding="utf-8")
+        target = re.search(r"^\.target sm_([0-9]+)\b", text, re.MULTILINE)
+        if target is not None and int(target[1]) <= here:
+            return level, True
+    raise UnsupportedError(
+        "this artifact holds no code for this GPU",
+        facts={"artifact": ", ".join(plan.levels), "this machine": f"{gpu.name} ({gpu.level})"},
+        hint="build again for a target whose arch lists this GPU's level: arkinfer targets",
+        code="ARK-E311",
+    )
+
+
+def open(artifact: Artifact, threads: int | None = None, attention: str | None = None) -> CudaExecutor:
+    """Open ``artifact`` on this machine's GPU.
+
+    Raises UnsupportedError where there is no GPU, no code for it in the artifact, or too little memory, and
+    ArtifactError when the payload is not sound.
+    """
+    return CudaExecutor(artifact, threads, attention)
