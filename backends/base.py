@@ -35,7 +35,7 @@ class State(ABC):
 class Executor(ABC):
     """Runs one artifact. Not thread-safe: the Engine serialises its steps.
 
-    Logits do not depend on how tokens are cut into steps, nor on the thread count.
+    Logits do not depend on how tokens are cut into steps (on GPUs: but for float16 rounding), nor on the thread count.
     """
 
     vocab_size: int

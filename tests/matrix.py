@@ -36,6 +36,8 @@ def rows(name: str, folder: Path) -> list[str]:
 
 def _evidence(artifact: Artifact, level: str) -> str:
     today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+    if artifact.manifest.backend == "cuda":
+        return _on_gpu(artifact, level, today)
     if level not in probe.isa_levels():
         return f"compiled | {MODEL} built {today}"
     with mock.patch(f"arkinfer.backends.{artifact.manifest.backend}.isa_levels", lambda: (level,)):
@@ -47,6 +49,18 @@ def _evidence(artifact: Artifact, level: str) -> str:
         raise SystemExit(f"{level}: {report.summary()}")
     how = f"{MODEL} verified over {report.positions:,} positions, {probe.machine().processor}, {today}"
     return f"ran | {how}"
+
+
+def _on_gpu(artifact: Artifact, level: str, today: str) -> str:
+    """Verify on the GPU of this machine, or what the plan computes where there is none."""
+    report = arkinfer.verify(artifact)
+    if not report.passed:
+        raise SystemExit(f"{level}: {report.summary()}")
+    device = probe.gpu()
+    if report.evidence == "ran" and device is not None:
+        return f"ran | {MODEL} verified over {report.positions:,} positions, {device.name}, {today}"
+    how = f"no GPU: plan of {MODEL} interpreted on a CPU, verified over {report.positions:,} positions, {today}"
+    return f"compiled | {how}"
 
 
 def main() -> None:

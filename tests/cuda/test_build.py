@@ -8,15 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from arkinfer import exporters, pipeline
+from arkinfer import exporters, pipeline, structure
 from arkinfer.artifact import Artifact
 from arkinfer.artifact.plan import Plan
-from arkinfer.errors import ArkError, ParityError, UnsupportedError
-from arkinfer.exporters import arena, cuda_lowering
+from arkinfer.errors import ArkError, ParityError, UnsupportedError, UserError
+from arkinfer.exporters import arena, cuda_lowering, cuda_outline
+from arkinfer.exporters.base import BuildOptions
 from arkinfer.interpreter import PlanInterpreter
 from arkinfer.passes import formats
-from arkinfer.recipe import Recipe
+from arkinfer.recipe import Recipe, choose
 from arkinfer.weights import CheckpointWeights
 from tests.checkpoints import CONFIGS, write_checkpoint
 
@@ -145,6 +147,36 @@ def test_weights_that_cannot_be_joined_write_side_by_side(checkpoints: dict[str,
     assert any(pointer.offset for launch in plan.schedules["decode"].launches for pointer in launch.pointers)
 
 
+@pytest.mark.parametrize("weights", ["int4", "int8", "fp16", "ternary"])
+def test_the_outline_says_what_is_stored(checkpoints: dict[str, Path], weights: str) -> None:
+    """`arkinfer plan` counts bytes without torch; here are those of the graph."""
+    checkpoint = pipeline.open_checkpoint(checkpoints["bitcpm" if weights == "ternary" else "llama"])
+    expected, body = structure.shapes(checkpoint.config), structure.body(checkpoint.config)
+    recipe = choose(weights, "int8", body, expected, checkpoint, "float")
+    graph = pipeline.lower(checkpoint.config, 512, recipe, checkpoint.layouts(), "fp16").graph
+    lowering = cuda_lowering.Lowering(graph, BuildOptions("fp16", "dense", 512), ("sm_89",))
+    plan = lowering.run({"max_context": 512})
+    plan.check()
+    names = {"float16": "F16", "bfloat16": "BF16", "int32": "I32", "uint8": "U8"}
+    for buffer in plan.of_kind("parameter"):
+        what = lowering.stored[buffer.name]
+        if what.part == "vector":
+            continue
+        dtypes = {torch.float16: "F16", torch.bfloat16: "BF16"}
+        node = next(node for node in graph.placeholders() if graph.weights.get(node.name) == what.weight)
+        scales = next(
+            (
+                node
+                for node in graph.placeholders()
+                if (other := graph.weights.get(node.name)) and (other.name, other.part) == (what.weight.name, "scales")
+            ),
+            node,
+        )
+        kind = dtypes[scales.meta["val"].dtype]
+        spec = cuda_outline.parameters(what.weight, kind, what.weight.zeros)[what.part]
+        assert (spec.dtype, spec.shape) == (names[buffer.dtype], buffer.shape)
+
+
 def test_same_inputs_give_the_same_bytes(checkpoints: dict[str, Path], llama: Artifact, tmp_path: Path) -> None:
     again = pipeline.build(
         checkpoints["llama"], target="rtx-4090", out=tmp_path / "llama.ark", weights="int4", verify="none"
@@ -156,7 +188,6 @@ def test_same_inputs_give_the_same_bytes(checkpoints: dict[str, Path], llama: Ar
     ("model", "options", "words"),
     [
         ("llama", {"kv": "fp32"}, "--kv fp16"),
-        ("llama", {"weights": "int8", "activations": "int8"}, "--activations float"),
         ("minicpm", {"weights": "int8"}, "--attention dense"),
     ],
 )
@@ -169,8 +200,12 @@ def test_what_it_cannot_do_is_said_before_anything_is_built(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_int8_activations_are_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="float16 activations"):
+        pipeline.build(checkpoints["llama"], target="rtx-4090", out=tmp_path / "x.ark", activations="int8")
+
+
 def test_float32_weights_are_refused(tmp_path: Path) -> None:
-    import torch
     from safetensors.torch import load_file, save_file
 
     folder = write_checkpoint(tmp_path / "wide", CONFIGS["llama"])

@@ -33,15 +33,11 @@ OWNERS = {
     "arkinfer/pipeline.py": {"tokenizers"},  # asks whether a tokenizer adds BOS itself
     "backends/cuda_driver.py": {"cuda"},
     "backends/tvm.py": {"tvm_ffi"},
-<<<<<<< HEAD
     "exporters/tvm.py": {"torch"},  # states its version
     "exporters/weights.py": {"torch"},  # reads weights as tensors
-=======
-    "exporters/cuda.py": {"torch"},  # reads weights as tensors
-    "exporters/cuda_weights.py": {"torch"},
+    "exporters/cuda.py": {"torch"},  # states its version
+    "exporters/cuda_weights.py": {"torch"},  # reads weights as tensors
     "exporters/cuda_lowering.py": {"torch"},  # walks the graph, which is torch.fx's
-    "exporters/tvm.py": {"torch"},  # reads weights as tensors
->>>>>>> 0371e3d (Run models on NVIDIA GPUs: a plan of launches, its exporter, interpreter and executor)
     "exporters/lowering.py": {"torch"},  # walks the graph, which is torch.fx's
     "exporters/relax.py": {"tvm", "ziglang"},
     "exporters/kernels/tir/source.py": {"tvm"},
