@@ -11,6 +11,7 @@ from typing import Any
 
 from arkinfer import estimate, exporters, structure, targets
 from arkinfer.amounts import size
+from arkinfer.artifact import staging
 from arkinfer.artifact.tensors import ITEM_BYTES, TensorSpec
 from arkinfer.backends.gears import decode_bytes, threshold, visible
 from arkinfer.backends.tvm import BLOCK, CacheSpec
@@ -183,6 +184,8 @@ def outlook(
     work = effort(checkpoint, sizes.stored, memory.weights, sizes.work(), target, unmeasured)
     place = next(folder for folder in out.absolute().parents if folder.is_dir())
     free = shutil.disk_usage(place).free
+    if place == out.absolute().parent:
+        free += staging.reclaimable(out.absolute())
     if work.disk_bytes > free:
         raise UserError(
             "the disk has no room for the artifact",

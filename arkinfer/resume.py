@@ -45,9 +45,9 @@ def _status(file: Path) -> tuple[str, int, int, int]:
 
 @cache
 def _code() -> str:
-    """Return the digest of this package's modules."""
+    """Return the digest of this package's modules, and of the texts that it calibrates with."""
     digest = hashlib.sha256()
     for folder in (Path(arkinfer.__file__).parent, Path(exporters.__file__).parent):
-        for file in sorted(folder.rglob("*.py")):
+        for file in sorted(file for file in folder.rglob("*") if file.suffix in (".py", ".txt")):
             digest.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes())
     return digest.hexdigest()

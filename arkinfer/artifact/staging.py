@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def adopt(destination: Path, key: str) -> Staging | None:
     Dead builders' work on the same destination under other keys is removed.
     """
     found: Staging | None = None
-    for dead in _dead(destination.parent, f".{destination.name}."):
+    for dead in _dead(destination.parent, lambda name: is_hidden(name, destination, _KIND)):
         if Journal.key_of(dead.path / journal.NAME) != key or found is not None:
             dead.remove()
             continue
@@ -77,24 +78,35 @@ def adopt(destination: Path, key: str) -> Staging | None:
         for entry in list(place.iterdir()):
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
-            elif entry.name != journal.NAME and entry.suffix != ".safetensors":
-                entry.unlink()
+            elif entry.is_symlink() or (entry.name != journal.NAME and entry.suffix != ".safetensors"):
+                entry.unlink()  # a link would have its target written over
     return found
+
+
+def reclaimable(destination: Path) -> int:
+    """Return the bytes on disk that dead builders of ``destination`` left: the next one goes on with them, or frees
+    them before it writes."""
+    total = 0
+    for dead in _dead(destination.parent, lambda name: is_hidden(name, destination, _KIND)):
+        for folder, _, names in os.walk(dead.path):
+            total += sum(os.lstat(os.path.join(folder, name)).st_blocks * 512 for name in names)
+        dead.leave()
+    return total
 
 
 def sweep(parent: Path) -> None:
     """Remove what dead builders left in ``parent``, but for finished parts that are not old."""
-    for dead in _dead(parent, "."):
+    for dead in _dead(parent, lambda name: name.startswith(".") and name.endswith(f".{_KIND}")):
         if _is_fresh(dead.path / journal.NAME) and dead.finished_bytes():
             dead.leave()
         else:
             dead.remove()
 
 
-def _dead(parent: Path, start: str) -> Iterator[Staging]:
-    """Yield the staging folders in ``parent`` whose builder is certainly dead, locked."""
+def _dead(parent: Path, wanted: Callable[[str], bool]) -> Iterator[Staging]:
+    """Yield the staging folders in ``parent`` of ``wanted`` names whose builder is certainly dead, locked."""
     for entry in list(parent.iterdir()):
-        if entry.name.startswith(start) and entry.name.endswith(f".{_KIND}") and not entry.is_symlink():
+        if wanted(entry.name) and not entry.is_symlink():
             lock = FolderLock.take(entry)
             if lock is not None and lock.held:
                 yield Staging(entry, lock)
@@ -109,3 +121,8 @@ def _is_fresh(file: Path) -> bool:
 def hidden(destination: Path, kind: str) -> Path:
     """Return a new name of a hidden folder beside ``destination``."""
     return destination.with_name(f".{destination.name}.{secrets.token_hex(8)}.{kind}")
+
+
+def is_hidden(name: str, destination: Path, kind: str) -> bool:
+    """Tell whether ``hidden`` gave ``name`` for ``destination``, and not for one whose name only begins alike."""
+    return re.fullmatch(rf"\.{re.escape(destination.name)}\.[0-9a-f]{{16}}\.{kind}", name) is not None

@@ -266,7 +266,7 @@ def _recover(destination: Path) -> None:
     except OSError:
         return
     for entry in entries:
-        if not (entry.name.startswith(f".{destination.name}.") and entry.name.endswith(f".{_ASIDE}")):
+        if not staging.is_hidden(entry.name, destination, _ASIDE):
             continue
         lock = None if entry.is_symlink() else FolderLock.take(entry)
         if lock is None:

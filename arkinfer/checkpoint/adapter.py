@@ -120,15 +120,19 @@ class AdaptedCheckpoint(Checkpoint):
         return weight
 
     def _replaced(self, name: str, module: str, entry: TensorEntry) -> StoredWeight:
-        if self.config.tie_embeddings and module.split(".")[-2] in ("embed_tokens", "lm_head"):
-            raise _bad(name, "would replace one of the two uses of tied embeddings")
+        self._require_untied(name, module.removesuffix(".weight"))
         weight = self._target(name, module)
         if entry.shape != weight.layout.shape:
             raise _bad(name, f"has the shape {list(entry.shape)} and replaces {list(weight.layout.shape)}")
         return DenseWeight(entry)
 
+    def _require_untied(self, name: str, module: str) -> None:
+        if self.config.tie_embeddings and module.split(".")[-1] in ("embed_tokens", "lm_head"):
+            raise _bad(name, "would replace one of the two uses of tied embeddings")
+
     def _sum(self, module: str, pair: dict[str, TensorEntry]) -> StoredWeight:
         name = f"{_PREFIX}{module}"
+        self._require_untied(name, module)
         if set(pair) != {"A", "B"}:
             raise _bad(name, f"has lora_{''.join(pair)} only")
         weight = self._target(name, f"{module}.weight")
@@ -162,11 +166,9 @@ class _MergedWeight(StoredWeight):
         values = b @ a
         values *= self._scale
         values += _widened(self._base.rows(start, stop).weight, dtype)
-        if dtype == "BF16":
-            return Parts(_to_bfloat16(values))
         with np.errstate(over="ignore"):
-            rounded = values.astype(NUMPY[dtype])
-        if not bool(np.isfinite(rounded).all()):
+            rounded = _to_bfloat16(values) if dtype == "BF16" else values.astype(NUMPY[dtype])
+        if not bool(np.isfinite(_widened(rounded, dtype) if dtype == "BF16" else rounded).all()):
             raise UserError(
                 "the merged weight holds values that its type cannot",
                 facts={"type": dtype, "largest": float(np.abs(values).max())},

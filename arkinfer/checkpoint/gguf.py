@@ -19,7 +19,7 @@ import numpy as np
 from arkinfer.checkpoint import vocabulary
 from arkinfer.checkpoint.base import Checkpoint
 from arkinfer.checkpoint.folder import locate, read_text
-from arkinfer.checkpoint.gguf_blocks import GgufWeight
+from arkinfer.checkpoint.gguf_blocks import KEPT, GgufWeight
 from arkinfer.checkpoint.gguf_file import GgufTensor, read_gguf, unsound
 from arkinfer.checkpoint.stored import StoredWeight
 from arkinfer.config import ModelConfig
@@ -210,6 +210,8 @@ class GgufCheckpoint(Checkpoint):
     def _weight(self, tensor: GgufTensor, heads: int = 0) -> StoredWeight:
         if len(tensor.shape) > 2:
             raise unsound(self.path, f"a weight has the shape {list(tensor.shape)}")
+        if len(tensor.shape) == 1 and tensor.type in KEPT:
+            raise unsound(self.path, f"a vector is stored as {tensor.type}, which is for matrices")
         if heads and tensor.shape[0] % (2 * heads):
             raise unsound(self.path, f"{tensor.shape[0]} rows of q or k are not those of {heads} heads")
         return GgufWeight(tensor, heads)

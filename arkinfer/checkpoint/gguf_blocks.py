@@ -14,7 +14,7 @@ from arkinfer.checkpoint.gguf_file import GgufTensor
 from arkinfer.checkpoint.stored import Layout, Parts, StoredWeight, read_bytes
 from arkinfer.errors import UserError
 
-_KEPT = {"Q4_0": ("int4", 4), "Q8_0": ("int8", 8), "TQ1_0": ("ternary", 2), "TQ2_0": ("ternary", 2)}
+KEPT = {"Q4_0": ("int4", 4), "Q8_0": ("int8", 8), "TQ1_0": ("ternary", 2), "TQ2_0": ("ternary", 2)}
 _FLOATS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 _BITS = {"Q2_K": 2, "Q3_K": 3, "Q4_1": 4, "Q4_K": 4, "IQ4_NL": 4, "IQ4_XS": 4, "Q5_0": 5, "Q5_1": 5, "Q5_K": 5,
          "Q6_K": 6}  # fmt: skip
@@ -26,8 +26,8 @@ class GgufWeight(StoredWeight):
     def __init__(self, tensor: GgufTensor, heads: int = 0) -> None:
         self.tensor = tensor
         self._extent = tensor.shape[0] // heads if heads else 0
-        if tensor.type in _KEPT:
-            kind, bits = _KEPT[tensor.type]
+        if tensor.type in KEPT:
+            kind, bits = KEPT[tensor.type]
             self.layout = Layout(kind, tensor.shape, "F16", tensor.block, scheme=tensor.type, bits=bits)
         elif tensor.type in _FLOATS:
             self.layout = Layout("dense", tensor.shape, tensor.type)
@@ -65,7 +65,7 @@ class GgufWeight(StoredWeight):
         kind = self.tensor.type
         if kind in _FLOATS:
             return Parts(np.ascontiguousarray(data).view(_FLOATS[kind]))
-        if kind not in _KEPT:
+        if kind not in KEPT:
             return Parts(_multiplied(data, kind))
         rows = data.shape[0]
         blocks = data.reshape(rows, -1, self.tensor.block_bytes)  # (rows, G, bytes)

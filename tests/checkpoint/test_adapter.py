@@ -215,6 +215,18 @@ def test_tied_embeddings_are_not_half_replaced(tmp_path: Path) -> None:
     tensors = {"base_model.model.model.embed_tokens.weight": torch.zeros(400, 128)}
     with pytest.raises(UserError, match="tied"):
         open_checkpoint(base, adapter=write_adapter(tmp_path / "lora", tensors, modules_to_save=["embed_tokens"]))
+    head = "base_model.model.lm_head.lora_"
+    pair = {f"{head}A.weight": torch.zeros(RANK, 128), f"{head}B.weight": torch.zeros(400, RANK)}
+    with pytest.raises(UserError, match="tied"):
+        open_checkpoint(base, adapter=write_adapter(tmp_path / "head", pair))
+
+
+def test_sums_that_bfloat16_cannot_hold(base: Path, tmp_path: Path) -> None:
+    tensors = {name: torch.full_like(tensor, 1e38) for name, tensor in factors(base).items()}
+    merged = open_checkpoint(base, adapter=write_adapter(tmp_path / "lora", tensors))
+    with pytest.raises(UserError, match="cannot") as caught:
+        dense(merged.weight("model.layers.0.self_attn.q_proj.weight"))
+    assert caught.value.code == "ARK-E128"
 
 
 @settings(max_examples=200, deadline=None)

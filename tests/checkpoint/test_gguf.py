@@ -13,6 +13,8 @@ import torch
 from tokenizers import Tokenizer
 
 from arkinfer.checkpoint import open_checkpoint
+from arkinfer.checkpoint.gguf import GgufCheckpoint
+from arkinfer.checkpoint.gguf_file import GgufTensor
 from arkinfer.errors import ArkError, UserError
 from arkinfer.quant.packed import dense, dequantise, read
 from tests.checkpoint.gguf_writer import Q, write_gguf
@@ -208,3 +210,12 @@ def test_another_architecture(folder: Path, tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(ArkError, match="gemma"):
         open_checkpoint(tmp_path / "other.gguf")
+
+
+def test_a_vector_in_blocks_of_integers(folder: Path, tmp_path: Path) -> None:
+    write_gguf(folder, tmp_path / "model.gguf")
+    file = tmp_path / "model.gguf"
+    checkpoint = GgufCheckpoint(file)
+    with pytest.raises(UserError, match="vector is stored as Q8_0") as caught:
+        checkpoint._weight(GgufTensor(file, "Q8_0", (128,), 0, 32, 34))
+    assert caught.value.code == "ARK-E165"

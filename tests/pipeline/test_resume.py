@@ -9,14 +9,16 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import arkinfer
-from arkinfer import cli, pipeline
+from arkinfer import cli, pipeline, planning, resume
 from arkinfer.artifact import Writer, staging, tensors
 from arkinfer.artifact.tensors import TensorWriter
+from arkinfer.errors import UserError
 from tests.checkpoints import CONFIGS, write_checkpoint
 from tests.pipeline import interrupted
 
@@ -157,3 +159,42 @@ def test_work_on_other_artifacts_is_kept_for_a_while(
     with Writer(tmp_path / "other.ark"):
         pass
     assert not folder.exists()
+
+
+def test_work_on_an_artifact_whose_name_begins_alike_is_kept(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = left(tmp_path, checkpoint, monkeypatch)
+    assert staging.adopt(tmp_path / "m", "another key") is None
+    assert folder.exists()
+
+
+def test_bytes_that_are_kept_count_as_room(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left(tmp_path, checkpoint, monkeypatch)
+    needed = planning.plan(checkpoint, weights="int8").build.disk_bytes
+    assert 0 < staging.reclaimable(tmp_path / "m.ark") < needed
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=needed - 1))
+    pipeline.build(checkpoint, out=tmp_path / "m.ark", weights="int8", verify="none")
+    with pytest.raises(UserError, match="no room"):
+        pipeline.build(checkpoint, out=tmp_path / "n.ark", weights="int8", verify="none")
+
+
+def test_a_link_among_what_is_left_is_not_followed(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (kept,) = left(tmp_path, checkpoint, monkeypatch).glob("*.safetensors")
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    kept.unlink()
+    kept.symlink_to(precious)
+    pipeline.build(checkpoint, out=tmp_path / "m.ark", weights="int8", verify="none")
+    assert precious.read_text() == "mine"
+
+
+def test_calibration_texts_are_in_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arkinfer, "__file__", str(tmp_path / "__init__.py"))
+    found = []
+    for text in ("one", "two", "two"):
+        (tmp_path / "text.txt").write_text(text)
+        found.append(resume._code.__wrapped__())
+    assert found[0] != found[1] == found[2]
