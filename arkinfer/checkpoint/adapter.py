@@ -163,10 +163,10 @@ class _MergedWeight(StoredWeight):
         dtype = self.layout.dtype
         a = _widened(read_tensor(self._a), self._a.dtype)
         b = _widened(DenseWeight(self._b).rows(start, stop).weight, self._b.dtype)
-        values = b @ a
-        values *= self._scale
-        values += _widened(self._base.rows(start, stop).weight, dtype)
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):  # checked below
+            values = b @ a
+            values *= self._scale
+            values += _widened(self._base.rows(start, stop).weight, dtype)
             rounded = _to_bfloat16(values) if dtype == "BF16" else values.astype(NUMPY[dtype])
         if not bool(np.isfinite(_widened(rounded, dtype) if dtype == "BF16" else rounded).all()):
             raise UserError(
