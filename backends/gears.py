@@ -10,10 +10,11 @@ NEVER = 2**62  # a dense_len that no position reaches
 
 
 def gear(sparse: Mapping[str, int] | None, attention: str) -> int:
-    """Return ``threshold``'s result. Raises UserError for a gear that there is not, or that the model does not have."""
+    """Return ``threshold``'s result. Raises UserError for a gear that does not exist or that the artifact lacks."""
     if attention == "sparse" and sparse is None:
         raise UserError(
-            "this model has no sparse attention: its config has no sparse_config",
+            "this artifact has no sparse attention",
+            facts={"reason": "its model has no sparse_config, or it was built for dense attention alone"},
             hint="--attention dense, or add sparse_config to config.json and build again",
             code="ARK-E213",
         )

@@ -50,6 +50,8 @@ def test_every_format_passes_the_gate_of_float16(
         assert artifact.file(image.file).read_bytes()[:4] == b"\x7fELF"
         assert f".entry {image.entry}(" in artifact.file(image.ptx).read_text(encoding="utf-8")
     assert "schedule decode" in artifact.file("payload/plan.txt").read_text(encoding="utf-8")
+    with pytest.raises(UserError, match="no sparse attention"):  # bitcpm's config has it, this plan does not
+        PlanInterpreter(artifact, attention="sparse")
 
 
 def test_the_weights_come_back_as_they_were_packed(checkpoints: dict[str, Path], llama: Artifact) -> None:
