@@ -57,6 +57,12 @@ def _converter(weight: Weight) -> Callable[[Packed, str], Packed]:
         if weight.format == "dense":
             converted = _converted(dense, weight.dtype, name)
             return Packed("dense", 0, (rows.shape[0], converted.shape[-1]), converted)
+        if not bool(torch.isfinite(dense).all()):  # a group would lose its scale, and nothing later would tell
+            raise UserError(
+                f"{name} holds values that are not finite numbers",
+                hint="fetch the file again: its weights are damaged",
+                code="ARK-E128",
+            )
         if weight.format == "ternary":
             return _ternary(dense, weight.group, name)
         return integer.quantise(dense, 8 if weight.format == "int8" else 4, weight.group)

@@ -8,8 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arkinfer.checkpoint.ternary import detect
+from arkinfer.errors import UserError
+from arkinfer.graph import Weight
 from arkinfer.quant import integer, ternary
 from arkinfer.quant.packed import Packed, dequantise, pack_crumbs, pack_nibbles, unpack_crumbs, unpack_nibbles
+from arkinfer.weights import _converter
 from tests.checkpoints import InMemory
 
 
@@ -105,3 +108,13 @@ def test_act_order_restores_the_models_columns() -> None:
     packed = integer.quantise(weight[:, order.long()], 8, 16)
     restored = dequantise(Packed("int8", 16, (5, 32), packed.weight, packed.scales, None, order))
     assert torch.allclose(restored, weight, atol=0.02)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4", "ternary"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(format: str, value: float) -> None:
+    dense = torch.ones(4, 64)
+    dense[2, 5] = value
+    convert = _converter(Weight("w", ("w",), (4, 64), format, 32))
+    with pytest.raises(UserError, match="w holds values that are not finite"):
+        convert(Packed("dense", 0, (4, 64), dense), "w")
