@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_OPTIONS ?=
 MODEL ?= tiny-minicpm
-PROMPT ?= Once upon a time, there was a little fox who lived near a river.
+PROMPT ?= Tell me a story about a fox.
 
 BIN := $(VENV)/bin
 DEMO := $(VENV)/$(MODEL).ark

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arkinfer.errors import UnsupportedError, UserError, nearest
+from arkinfer.errors import UnsupportedError, UserError
 
 FAMILIES: Mapping[str, str] = {
     "MiniCPMForCausalLM": "minicpm",
@@ -279,7 +279,7 @@ def _family(values: Mapping[str, Any]) -> str:
     raise UnsupportedError(
         f"no model family for architecture {asked!r}",
         facts={"known": ", ".join(FAMILIES)},
-        hint=nearest(asked, list(FAMILIES)),
+        hint="arkinfer does not compile it; ARCHITECTURE.md tells how to add a model family",
         code="ARK-E310",
     )
 

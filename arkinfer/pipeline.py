@@ -130,6 +130,7 @@ def build(
     recipe = choose(
         weights, fallback(description), body, expected, checkpoint, computed(description, activations), rounding
     )
+    tokenizer = _tokenizer(checkpoint)
     line, warnings = planning.outlook(checkpoint, recipe, description, options, destination)
     for text in (line, *(f"warning: {warning}" for warning in warnings)):
         (say or _unheard)(text)
@@ -146,7 +147,7 @@ def build(
                 code="ARK-E302",
             )
         journal = writer.resume(resume.key(checkpoint, lowered.graph, lowered.recipe, description, options))
-        _copy_assets(checkpoint, writer)
+        _copy_assets(checkpoint, tokenizer, writer)
         encode = Tokenizer.from_file(writer.path("tokenizer.json")).encode
         rounded = checkpoint
         if lowered.recipe.method == "pgptq":
@@ -233,8 +234,7 @@ def _executor(artifact: Artifact, exporter: Exporter) -> tuple[Executor, str]:
     return backends.open(artifact), "ran"
 
 
-def _copy_assets(checkpoint: Checkpoint, writer: Writer) -> None:
-    """Copy the tokenizer and the chat template, and write what generation needs to know as generation.json."""
+def _tokenizer(checkpoint: Checkpoint) -> bytes:
     tokenizer = checkpoint.asset("tokenizer.json")
     if tokenizer is None:
         raise UserError(
@@ -242,6 +242,11 @@ def _copy_assets(checkpoint: Checkpoint, writer: Writer) -> None:
             hint="save the tokenizer with a fast tokenizer class: tokenizer.save_pretrained(folder)",
             code="ARK-E127",
         )
+    return tokenizer
+
+
+def _copy_assets(checkpoint: Checkpoint, tokenizer: bytes, writer: Writer) -> None:
+    """Copy the tokenizer and the chat template, and write what generation needs to know as generation.json."""
     writer.path("tokenizer.json").write_bytes(tokenizer)
     settings = checkpoint.json_asset("tokenizer_config.json")
     defaults = checkpoint.json_asset("generation_config.json")

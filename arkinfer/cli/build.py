@@ -45,7 +45,7 @@ def command(
 ) -> None:
     """Compile MODEL for a target into an artifact.
 
-    MODEL is a checkpoint folder, a bundled model, or OWNER/NAME of the Hugging Face hub.
+    MODEL is a checkpoint folder, a GGUF file, a bundled model, or OWNER/NAME of the Hugging Face hub.
 
     Ends with a comparison of the artifact with the reference; an artifact that differs is not kept.
     """

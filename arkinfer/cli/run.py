@@ -145,4 +145,6 @@ def _statistics(engine: Engine, result: Result) -> None:
         parts.append(decode_sentence(engine.executor, depth, speed))
     if result.finish_reason == "length":
         parts.append("cut at the limit (--max-tokens or the context)")
+    if result.reasoning and not result.text:
+        parts.append("all of it reasoning: --no-think asks for the answer alone")
     click.echo("; ".join(parts), err=True)

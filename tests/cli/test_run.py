@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Arkinfer
+from tests.runtime.scripted import write_artifact
 
 ANSWER = "It is 4, 你好.\n"
 
@@ -42,6 +43,11 @@ def test_json_holds_everything_and_nothing_else_is_printed(arkinfer: Arkinfer, a
 def test_no_think_and_stop_reach_the_model(arkinfer: Arkinfer, ark: str) -> None:
     assert arkinfer("run", ark, "2+2?", "--stop", ",").out == "It is 4\n"
     assert arkinfer("run", ark, "2+2?", "--no-think").status == 0
+
+
+def test_an_answer_of_reasoning_alone_is_said_to_be_that(arkinfer: Arkinfer, tmp_path: Path) -> None:
+    done = arkinfer("run", str(write_artifact(tmp_path, "<think>\nHm.")), "2+2?")
+    assert (done.status, done.out) == (0, "\n") and "reasoning: --no-think" in done.err
 
 
 def test_a_cut_answer_is_said_to_be_cut(arkinfer: Arkinfer, bare_ark: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,8 @@ def shell(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
 def report(*arguments: str) -> Any:
     done = shell(*arguments, "--json")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stderr == ""
+    # A build says beforehand what it will take, in one line.
+    assert len(done.stderr.splitlines()) == (1 if arguments[0] == "build" else 0), done.stderr
     return json.loads(done.stdout)
 
 
@@ -73,6 +75,13 @@ def test_it_tells_a_story(ark: str) -> None:
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.split()) > 20
     assert "% of the memory-bandwidth limit" in done.stderr and "verified: mean KL" in done.stderr
+
+
+def test_the_prompt_of_make_demo_is_answered(ark: str) -> None:
+    prompt = re.search(r"^PROMPT \?= (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert prompt is not None
+    for seed in ("1", "2", "3"):
+        assert len(report("run", ark, prompt[1], "--seed", seed)["text"].split()) > 20
 
 
 def test_greedy_text_is_the_same_every_time_and_with_any_threads(ark: str) -> None:

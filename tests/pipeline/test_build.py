@@ -192,6 +192,14 @@ def test_impossible_requests_say_what_to_do(checkpoints: dict[str, Path], tmp_pa
     assert not out.exists()
 
 
+def test_a_checkpoint_without_a_tokenizer_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    folder, said = write_checkpoint(tmp_path / "model", CONFIGS["llama"]), list[str]()
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError) as caught:
+        arkinfer.build(folder, out=tmp_path / "m.ark", say=said.append)
+    assert caught.value.code == "ARK-E127" and said == []
+
+
 def test_a_checkpoint_without_a_tensor_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
