@@ -27,7 +27,7 @@ from arkinfer.structure import Matrix, Structure
 from arkinfer.targets import Target, probe
 
 CHUNK = 512  # prompt tokens per step, as the runtime reads prompts
-RUNTIME_BYTES = 150_000_000  # Python, numpy, the tokenizer and the backend's library, measured with a tiny model
+RUNTIME_BYTES = 150_000_000  # a rough allowance for Python, numpy, the tokenizer and the backend's library
 PROMPT = 512  # tokens of the prompt whose speed is estimated, as `bench` measures it
 
 

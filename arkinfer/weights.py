@@ -65,6 +65,14 @@ def _converter(weight: Weight) -> Callable[[Packed, str], Packed]:
             )
         if weight.format == "ternary":
             return _ternary(dense, weight.group, name)
+        largest, steps = float(dense.abs().max()), 127 if weight.format == "int8" else 8
+        if largest / steps > torch.finfo(torch.float16).max:
+            raise UserError(
+                f"{name} holds values too large for float16 scales",
+                facts={"largest": largest},
+                hint="--weights fp32 keeps the checkpoint's own values",
+                code="ARK-E128",
+            )
         return integer.quantise(dense, 8 if weight.format == "int8" else 4, weight.group)
 
     return convert
@@ -89,7 +97,7 @@ def _converted(tensor: torch.Tensor, dtype: torch.dtype | None, name: str) -> to
     converted = tensor.to(dtype)
     if not bool(torch.isfinite(converted).all()):
         raise UserError(
-            f"{name} holds values that float16 cannot",
+            f"{name} holds values that {str(dtype).removeprefix('torch.')} cannot",
             facts={"largest": float(tensor.abs().max())},
             hint="--weights fp32 keeps the checkpoint's own values",
             code="ARK-E128",

@@ -229,6 +229,9 @@ class ArtifactWeights:
                 parts[part] = pack.unpack(matrix, self._arrays[f"{stem}.{part}"])
         self._check(f"{stem}.weight", weight, lambda: _digest_of(matrix, list(parts.values())))
         found = {part: self._tensor(weight, part, array) for part, array in parts.items()}
+        order = self._arrays[self._orders[weight.order]] if weight.order else None
+        if order is not None:
+            self._check(self._orders[weight.order], weight, lambda: hashlib.sha256(hashlib.sha256(order.data).digest()))
         return Packed(
             weight.format,
             weight.group,
@@ -236,7 +239,7 @@ class ArtifactWeights:
             found["weight"],
             found.get("scales"),
             found.get("zeros"),
-            torch.from_numpy(self._arrays[self._orders[weight.order]]) if weight.order else None,
+            None if order is None else torch.from_numpy(order),
         )
 
     def _tensor(self, weight: Weight, part: str, array: np.ndarray) -> torch.Tensor:

@@ -123,7 +123,14 @@ def quantise(
         stored = checkpoint.weight(name)
         layer = name.startswith("model.layers.")
         if len(stored.layout.shape) == 1 or (layer and wanted(name) is not None):
-            return read(stored, 0, stored.layout.shape[0])
+            found = read(stored, 0, stored.layout.shape[0])
+            if not bool(torch.isfinite(found.weight).all()):
+                raise UserError(
+                    f"{name} holds values that are not finite numbers",
+                    hint="fetch the file again: its weights are damaged",
+                    code="ARK-E128",
+                )
+            return found
         storage = recipe.stored(name, table=not layer)
         fields = {**vars(storage), "dtype": DTYPES[storage.dtype]}
         return source.packed(Weight(name, (name,), stored.layout.shape, **fields))

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from arkinfer import exporters, pipeline
+from arkinfer.artifact import tensors
 from arkinfer.checkpoint import Checkpoint, open_checkpoint
-from arkinfer.errors import UnsupportedError
+from arkinfer.errors import ParityError, UnsupportedError
 from arkinfer.exporters.base import BuildOptions
 from arkinfer.exporters.lowering import Lowering
 from arkinfer.graph import ModelGraph, Weight
@@ -151,6 +154,25 @@ def test_an_input_is_gathered_once_for_each_order(
     assert len(calls) - head == gathers * checkpoint.config.layers
     values = [output.name for call in program.calls for output in call.outputs]
     assert len(set(values)) == len(values)
+
+
+def test_an_order_that_was_written_wrongly_is_found(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Engine and reference would both read it, and agree."""
+    checkpoint = stored(folders["llama"], ASYMMETRIC)
+    monkeypatch.setattr(pipeline, "open_checkpoint", lambda *_, **__: checkpoint)
+    load = tensors.load
+
+    def swapped(*arguments: Any) -> dict[str, np.ndarray]:
+        arrays = load(*arguments)
+        order = next(array for name, array in sorted(arrays.items()) if name.endswith(":order"))
+        order[:2] = order[1::-1].copy()
+        return arrays
+
+    monkeypatch.setattr(tensors, "load", swapped)
+    with pytest.raises(ParityError, match="not the one that was packed"):
+        pipeline.build(folders["llama"], out=tmp_path / "out.ark")
 
 
 def test_a_table_with_permuted_columns_is_refused(

@@ -118,3 +118,11 @@ def test_weights_that_are_no_numbers_are_refused(format: str, value: float) -> N
     convert = _converter(Weight("w", ("w",), (4, 64), format, 32))
     with pytest.raises(UserError, match="w holds values that are not finite"):
         convert(Packed("dense", 0, (4, 64), dense), "w")
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_weights_whose_scales_float16_cannot_hold_are_refused(format: str) -> None:
+    dense = torch.full((4, 64), 1e8)
+    convert = _converter(Weight("w", ("w",), (4, 64), format, 32))
+    with pytest.raises(UserError, match="too large for float16 scales"):
+        convert(Packed("dense", 0, (4, 64), dense), "w")
