@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from arkinfer.artifact import Artifact as Artifact
+    from arkinfer.errors import ArkError as ArkError
     from arkinfer.pipeline import build as build
     from arkinfer.pipeline import verify_artifact as verify
     from arkinfer.planning import plan as plan
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 
 # Public name -> where it is defined. Loaded on first use: a device that only runs artifacts has no torch to import.
 _PUBLIC = {
+    "ArkError": ("arkinfer.errors", "ArkError"),
     "Artifact": ("arkinfer.artifact", "Artifact"),
     "Engine": ("arkinfer.runtime.engine", "Engine"),
     "Target": ("arkinfer.targets", "Target"),
@@ -49,4 +51,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_PUBLIC})
 
 
-__all__ = ["Artifact", "Engine", "Target", "__version__", "build", "load", "plan", "verify"]
+__all__ = ["ArkError", "Artifact", "Engine", "Target", "__version__", "build", "load", "plan", "verify"]

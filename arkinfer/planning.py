@@ -181,7 +181,7 @@ def outlook(
     sizes = _Sizes(checkpoint.config, recipe, target)
     memory = sizes.memory(options.kv, options.context)
     unmeasured = estimate.Rates(None, None, None, "not measured")
-    work = effort(checkpoint, sizes.stored, memory.weights, sizes.work(), target, unmeasured)
+    work = effort(checkpoint, sizes.stored, memory.weights, sizes.work(), target, unmeasured, recipe.method)
     place = next(folder for folder in out.absolute().parents if folder.is_dir())
     free = shutil.disk_usage(place).free
     if place == out.absolute().parent:
@@ -397,7 +397,9 @@ class _Draft:
             speeds=tuple(self._speed(depth, rates) for depth in self._depths()),
             rates=rates,
             factors=self.factors,
-            build=effort(checkpoint, sizes.stored, memory.weights, sizes.work(), self.target, rates),
+            build=effort(
+                checkpoint, sizes.stored, memory.weights, sizes.work(), self.target, rates, self.sizes.recipe.method
+            ),
             ladder=() if fits is not False or available is None else tuple(self._ladder(memory.total, available)),
             notes=(*config.notes, *self._notes()),
         )

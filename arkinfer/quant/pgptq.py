@@ -19,7 +19,7 @@ from torch import nn
 from arkinfer.artifact import tensors
 from arkinfer.checkpoint import Checkpoint
 from arkinfer.checkpoint.stored import Layout, Parts, StoredWeight, read_rows
-from arkinfer.config import ModelConfig
+from arkinfer.effort import BATCH, TOKENS, rounding_memory
 from arkinfer.errors import UnsupportedError, UserError
 from arkinfer.graph import Weight
 from arkinfer.layerwise import Layerwise, workers
@@ -32,13 +32,11 @@ from arkinfer.targets import probe
 from arkinfer.weights import CheckpointWeights
 
 CALIBRATION = Path(__file__).resolve().parent.parent / "calibration"
-TOKENS = 8192  # of the calibration texts, at most
 SKIPPED = 4  # positions at the start of each window that do not enter the Hessian
 DAMPING = (0.01, 0.1, 1.0)  # parts of the mean diagonal added to the Hessian; the others where the first is too little
 COLUMNS = 128  # rounded before the columns behind them are corrected, all at once
 ROWS = 256  # of a weight rounded together in one thread
 SLICE = 512  # columns of a Hessian computed together in one thread
-BATCH = 4  # windows whose inputs are held at once
 
 Progress = Callable[[str, int, int], None]
 
@@ -79,15 +77,6 @@ class _Reached(Exception):
         self.value = value
 
 
-def memory(config: ModelConfig, tokens: int, window: int) -> int:
-    """Return the bytes that `quantise` needs: two matrices of the widest input's square, one layer, the activations."""
-    attention = config.heads * config.head_dim
-    widest = max(config.hidden_size, config.intermediate_size, attention)
-    layer = config.hidden_size * (2 * attention + 2 * config.kv_heads * config.head_dim + 3 * config.intermediate_size)
-    batch = min(tokens, BATCH * window)
-    return 4 * (2 * widest * widest + 2 * layer + 2 * tokens * config.hidden_size + 6 * batch * widest)
-
-
 def quantise(
     checkpoint: Checkpoint,
     recipe: Recipe,
@@ -100,7 +89,7 @@ def quantise(
     The calibration text is the package's own, cut into tokens by ``encode``. Layer by layer, every input is computed
     from weights that are rounded already. Results go to files that ``scratch`` names. The same arguments give the same
     bytes on any number of threads of one kind of processor. Raises UnsupportedError where memory does not suffice (see
-    `memory`), and UserError for a model whose context is too short.
+    `rounding_memory`), and UserError for a model whose context is too short.
     """
     config = checkpoint.config
     texts = whole_texts(encode, config.vocab_size, CALIBRATION, config.max_context, TOKENS)
@@ -111,7 +100,7 @@ def quantise(
             hint="--method search",
             code="ARK-E143",
         )
-    _require_memory(memory(config, sum(map(len, windows)), max(map(len, windows))))
+    _require_memory(rounding_memory(config, sum(map(len, windows)), max(map(len, windows))))
     source = CheckpointWeights(checkpoint)
 
     def wanted(name: str) -> Storage | None:

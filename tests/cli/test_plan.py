@@ -193,3 +193,11 @@ def test_build_needs_room_on_the_disk_before_it_starts(
     assert done.status == 1
     assert json.loads(done.out)["error"]["code"] == "ARK-E146"
     assert not list(tmp_path.iterdir())
+
+
+def test_rounding_by_pgptq_is_part_of_the_build() -> None:
+    search, pgptq = (
+        planning.plan("tiny-minicpm", weights="int4", method=method).build for method in ("search", "pgptq")
+    )
+    assert search.round_seconds == 0 < pgptq.round_seconds
+    assert pgptq.host_bytes > search.host_bytes and pgptq.disk_bytes > search.disk_bytes
