@@ -107,6 +107,7 @@ class ModelGraph:
         with self._fake_mode():
             node.meta["val"] = torch.empty(shape or weight.shape, dtype=dtype, device="meta")
         self.weights[node.name] = weight
+        self.__dict__.pop("_shapes", None)  # read again: passes and bindings may take turns
         return node
 
     def weight_of(self, node: Node) -> Weight:

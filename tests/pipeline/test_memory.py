@@ -21,7 +21,8 @@ from arkinfer.weights import CheckpointWeights
 from tests.checkpoints import CONFIGS, write_checkpoint
 
 ROOT = Path(arkinfer.__file__).resolve().parents[1]
-LIMIT = 140e6  # bytes: less than the table takes in the checkpoint
+# Bytes: 68e6 are usual; where the writer is slow, six finished slices wait for it, which still is less than the weights.
+LIMIT = 175e6
 # Writes the weight file of a checkpoint on two cores; prints its bytes and by how much memory grew at its peak.
 WRITE = """
 import json, os, sys
