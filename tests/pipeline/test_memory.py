@@ -21,7 +21,7 @@ from arkinfer.weights import CheckpointWeights
 from tests.checkpoints import CONFIGS, write_checkpoint
 
 ROOT = Path(arkinfer.__file__).resolve().parents[1]
-# Bytes: 68e6 are usual; where the writer is slow, six finished slices wait for it, which still is less than the weights.
+# Bytes: 68e6 are usual; where the writer is slow, six slices wait for it, which still is less than the weights.
 LIMIT = 175e6
 # Writes the weight file of a checkpoint on two cores; prints its bytes and by how much memory grew at its peak.
 WRITE = """
