@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ ASSETS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "
 _AGAIN = "compare the file with the one that the model's author published"
 
 
-class Checkpoint:
+class Checkpoint(ABC):
     """An opened checkpoint; tensors stay on disk until some of their rows are asked for.
 
     ``weights`` maps the names of transformers' model to what the files hold, whatever those call it.
@@ -43,9 +44,9 @@ class Checkpoint:
         found = self.path.iterdir() if self.path.is_dir() else [self.path]
         return sorted(file for file in found if file.is_file())
 
+    @abstractmethod
     def asset(self, name: str) -> bytes | None:
         """Return the file ``name`` (one of ASSETS), read or converted, or None if the checkpoint has none."""
-        raise NotImplementedError
 
     def weight(self, name: str) -> StoredWeight:
         """Return one weight. Raises UserError if there is none of that name."""
