@@ -14,9 +14,9 @@ import torch
 from arkinfer.artifact import tensors
 from arkinfer.artifact.journal import Journal
 from arkinfer.artifact.plan import Buffer, Plan
-from arkinfer.errors import ParityError
 from arkinfer.exporters.base import Progress
 from arkinfer.exporters.kernels.triton import layout
+from arkinfer.exporters.stored import Dtypes, Origins, array_of
 from arkinfer.graph import ModelGraph, Weight
 from arkinfer.quant.packed import Packed, concatenate
 from arkinfer.reference import RowSource
@@ -79,8 +79,8 @@ def _parameters(
     weight = first.weight
     if first.part == "vector":
         vector = weights.rows(weight, 0, weight.shape[0]).weight.float().reshape(-1)
-        digest.update(_array(vector).data)
-        yield unit[0], [_array(vector)]
+        digest.update(array_of(vector).data)
+        yield unit[0], [array_of(vector)]
         return
     later: dict[str, list[np.ndarray]] = {}
 
@@ -91,9 +91,9 @@ def _parameters(
             _add(digest, rows)
             for part, tensor in layout.pack(rows).items():
                 if part == "weight":
-                    yield _array(tensor)
+                    yield array_of(tensor)
                 else:
-                    later.setdefault(f"{weight.name}:{part}", []).append(_array(tensor))
+                    later.setdefault(f"{weight.name}:{part}", []).append(array_of(tensor))
 
     yield unit[0], codes()
     for buffer in unit[1:]:
@@ -104,14 +104,7 @@ def _add(digest: hashlib._Hash, rows: Packed) -> None:
     for part in PARTS:
         tensor = getattr(rows, part)
         if tensor is not None:
-            digest.update(_array(tensor).data)
-
-
-def _array(tensor: torch.Tensor) -> np.ndarray:
-    """Return a tensor's memory as an array; bfloat16 as its uint16 bits."""
-    tensor = tensor.contiguous()
-    array: np.ndarray = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    return array
+            digest.update(array_of(tensor).data)
 
 
 class ArtifactWeights:
@@ -122,9 +115,7 @@ class ArtifactWeights:
 
     def __init__(self, model: ModelGraph, file: Path, origins: Mapping[str, str] | None = None) -> None:
         self._arrays = tensors.load(file)
-        self._unchecked = dict(origins or {})
-        dtypes = {node.name: node.meta["val"].dtype for node in model.placeholders() if node.name in model.weights}
-        self._dtypes = {(weight.name, weight.part): dtypes[name] for name, weight in model.weights.items()}
+        self._origins, self._dtypes = Origins(origins), Dtypes(model)
 
     def packed(self, weight: Weight) -> Packed:
         """Return ``weight``. Raises ParityError where it is not what was packed."""
@@ -132,7 +123,7 @@ class ArtifactWeights:
         vector = self._arrays.get(f"{weight.name}:vector")
         if vector is not None:
             digest.update(vector.data)
-            self._check(f"{weight.name}:vector", weight, digest)
+            self._origins.check(f"{weight.name}:vector", weight, lambda: digest)
             return Packed("dense", 0, (vector.shape[0], vector.shape[0]), torch.from_numpy(vector))
         parts = {part: tensor for part in PARTS if (tensor := self._part(weight, part)) is not None}
         order = parts.pop("order", None)
@@ -144,22 +135,11 @@ class ArtifactWeights:
                 rows["order"] = order
             pieces.append(layout.canonical(weight.format, weight.group, shape, **rows))
             _add(digest, pieces[-1])
-        self._check(f"{weight.name}:weight", weight, digest)
+        self._origins.check(f"{weight.name}:weight", weight, lambda: digest)
         return concatenate(pieces)
 
     def _part(self, weight: Weight, part: str) -> torch.Tensor | None:
         array = self._arrays.get(f"{weight.name}:{part}")
         if array is None:
             return None
-        tensor = torch.from_numpy(array)
-        return tensor.view(torch.bfloat16) if self._dtypes.get((weight.name, part)) == torch.bfloat16 else tensor
-
-    def _check(self, name: str, weight: Weight, digest: hashlib._Hash) -> None:
-        origin = self._unchecked.pop(name, None)
-        if origin is not None and digest.hexdigest() != origin:
-            raise ParityError(
-                "a weight of the artifact is not the one that was packed",
-                facts={"weight": weight.name, "format": weight.format, "group": weight.group},
-                hint="build again; if it recurs, report it with the model's config.json",
-                code="ARK-E402",
-            )
+        return self._dtypes.tensor(weight, part, array)

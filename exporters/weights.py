@@ -22,11 +22,11 @@ import torch
 
 from arkinfer.artifact import tensors
 from arkinfer.artifact.journal import Journal
-from arkinfer.errors import ParityError
 from arkinfer.exporters.base import Progress
 from arkinfer.exporters.kernels.tir import pack
 from arkinfer.exporters.lowering import Stored
 from arkinfer.exporters.program import Program, Value
+from arkinfer.exporters.stored import Dtypes, Origins, array_of
 from arkinfer.graph import ModelGraph, Weight
 from arkinfer.quant.packed import Packed
 from arkinfer.reference import RowSource
@@ -132,7 +132,7 @@ def _slice(weights: RowSource, unit: _Unit, piece: pack.Slice) -> tuple[bytes, l
         array = _whole(rows[0], first.part)
         return hashlib.sha256(array.data).digest(), [array]
     parts = [stored.part for stored in unit.stored]
-    canonical = [[_array(getattr(packed, part)) for packed in rows] for part in parts]
+    canonical = [[array_of(getattr(packed, part)) for packed in rows] for part in parts]
     matrix = _matrix(first.weight, first.gated)
     panels = [
         pack.weight_panels(matrix, piece, arrays) if part == "weight" else pack.vector_panels(piece, arrays)
@@ -152,14 +152,7 @@ def _digest(canonical: list[list[np.ndarray]]) -> bytes:
 def _whole(packed: Packed, part: str) -> np.ndarray:
     tensor = packed.order if part == "order" else packed.weight.float().reshape(-1)
     assert tensor is not None
-    return _array(tensor)
-
-
-def _array(tensor: torch.Tensor) -> np.ndarray:
-    """Return a tensor's memory as an array; bfloat16 as its uint16 bits."""
-    tensor = tensor.contiguous()
-    array: np.ndarray = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    return array
+    return array_of(tensor)
 
 
 def _matrix(weight: Weight, gated: bool) -> pack.Matrix:
@@ -203,9 +196,7 @@ class ArtifactWeights:
 
     def __init__(self, model: ModelGraph, file: Path, origins: Mapping[str, str] | None = None) -> None:
         self._arrays = tensors.load(file)
-        self._unchecked = dict(origins or {})
-        dtypes = {node.name: node.meta["val"].dtype for node in model.placeholders() if node.name in model.weights}
-        self._dtypes = {(weight.name, weight.part): dtypes[name] for name, weight in model.weights.items()}
+        self._origins, self._dtypes = Origins(origins), Dtypes(model)
         self._orders = {
             weight.order: f"{weight.name}:order"
             for weight in model.weights.values()
@@ -217,7 +208,7 @@ class ArtifactWeights:
         name = f"{weight.name}:vector"
         if name in self._arrays:
             vector = self._arrays[name]
-            self._check(name, weight, lambda: hashlib.sha256(hashlib.sha256(vector.data).digest()))
+            self._origins.check(name, weight, lambda: hashlib.sha256(hashlib.sha256(vector.data).digest()))
             return Packed("dense", 0, (vector.shape[0], vector.shape[0]), torch.from_numpy(vector))
         gated = f"{weight.name}:gated.weight" in self._arrays
         stem = f"{weight.name}:{'gated' if gated else 'panels'}"
@@ -227,11 +218,13 @@ class ArtifactWeights:
         for part in ("scales", "zeros"):
             if f"{stem}.{part}" in self._arrays:
                 parts[part] = pack.unpack(matrix, self._arrays[f"{stem}.{part}"])
-        self._check(f"{stem}.weight", weight, lambda: _digest_of(matrix, list(parts.values())))
-        found = {part: self._tensor(weight, part, array) for part, array in parts.items()}
+        self._origins.check(f"{stem}.weight", weight, lambda: _digest_of(matrix, list(parts.values())))
+        found = {part: self._dtypes.tensor(weight, part, array) for part, array in parts.items()}
         order = self._arrays[self._orders[weight.order]] if weight.order else None
         if order is not None:
-            self._check(self._orders[weight.order], weight, lambda: hashlib.sha256(hashlib.sha256(order.data).digest()))
+            self._origins.check(
+                self._orders[weight.order], weight, lambda: hashlib.sha256(hashlib.sha256(order.data).digest())
+            )
         return Packed(
             weight.format,
             weight.group,
@@ -241,20 +234,6 @@ class ArtifactWeights:
             found.get("zeros"),
             None if order is None else torch.from_numpy(order),
         )
-
-    def _tensor(self, weight: Weight, part: str, array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor.view(torch.bfloat16) if self._dtypes[weight.name, part] == torch.bfloat16 else tensor
-
-    def _check(self, name: str, weight: Weight, digest: Callable[[], hashlib._Hash]) -> None:
-        origin = self._unchecked.pop(name, None)
-        if origin is not None and digest().hexdigest() != origin:
-            raise ParityError(
-                "a weight of the artifact is not the one that was packed",
-                facts={"weight": weight.name, "format": weight.format, "group": weight.group},
-                hint="build again; if it recurs, report it with the model's config.json",
-                code="ARK-E402",
-            )
 
 
 def _digest_of(matrix: pack.Matrix, canonical: list[np.ndarray]) -> hashlib._Hash:

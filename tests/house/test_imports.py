@@ -34,6 +34,7 @@ OWNERS = {
     "backends/cuda_driver.py": {"cuda"},
     "backends/tvm.py": {"tvm_ffi"},
     "exporters/tvm.py": {"torch"},  # states its version
+    "exporters/stored.py": {"torch"},  # tensors as arrays and back
     "exporters/weights.py": {"torch"},  # reads weights as tensors
     "exporters/cuda.py": {"torch"},  # states its version
     "exporters/cuda_weights.py": {"torch"},  # reads weights as tensors
