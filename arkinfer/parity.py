@@ -71,7 +71,8 @@ def int8_gate(floor: np.ndarray, agreed: float) -> Gate:
 class Report:
     """The outcome of a verification; ``positions`` next-token distributions were compared.
 
-    ``evidence`` says what computed them: "ran" (the device), or "compiled, plan interpreted" where that is absent.
+    ``evidence`` says what computed them: "ran" (the device), or what the exporter's ``StandIn`` says where that is
+    absent.
     """
 
     suite: str

@@ -228,9 +228,9 @@ def _compare(
 def _executor(artifact: Artifact, exporter: Exporter) -> tuple[Executor, str]:
     """Open what can run ``artifact`` on this machine, and say what its results are worth."""
     if probe.usable(artifact.manifest.target["arch"]) is None:
-        executor = exporter.interpreter(artifact)
-        if executor is not None:
-            return executor, "compiled, plan interpreted"
+        stand_in = exporter.stand_in(artifact)
+        if stand_in is not None:
+            return stand_in.executor, stand_in.evidence
     return backends.open(artifact), "ran"
 
 

@@ -31,6 +31,17 @@ class BuildOptions:
 
 
 @dataclass(frozen=True)
+class StandIn:
+    """What runs an artifact where its device is absent, and what its results are worth.
+
+    ``evidence`` is "compiled" or "emulated", and how it was shown: "compiled, plan interpreted".
+    """
+
+    executor: Executor
+    evidence: str
+
+
+@dataclass(frozen=True)
 class Payload:
     """What an exporter wrote: facts for the manifest, and digests of the weights before they were repacked."""
 
@@ -118,6 +129,6 @@ class Exporter(Protocol):
         """
         ...
 
-    def interpreter(self, artifact: Artifact) -> Executor | None:
+    def stand_in(self, artifact: Artifact) -> StandIn | None:
         """Return what runs ``artifact`` where its device is absent, or None where nothing does."""
         ...

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -18,7 +18,7 @@ from arkinfer.artifact.journal import Journal
 from arkinfer.artifact.plan import Image, Plan
 from arkinfer.errors import UnsupportedError
 from arkinfer.exporters import cuda_outline, cuda_weights, outline
-from arkinfer.exporters.base import BuildOptions, Payload, Progress
+from arkinfer.exporters.base import BuildOptions, Payload, Progress, StandIn
 from arkinfer.exporters.cuda_lowering import Lowering
 from arkinfer.exporters.kernels import triton as kernels
 from arkinfer.exporters.kernels.triton.cubin import Cubin, Job, compile_all
@@ -28,7 +28,7 @@ from arkinfer.reference import RowSource, WeightSource
 from arkinfer.targets import Target
 
 if TYPE_CHECKING:
-    from arkinfer.interpreter import PlanInterpreter
+    pass
 
 WEIGHTS = "weights-cuda.safetensors"
 TOOLS = ("triton",)
@@ -89,11 +89,11 @@ class CudaExporter:
         """Return the weights of an artifact in canonical form, unpacked from the kernels' layout."""
         return cuda_weights.ArtifactWeights(model, file(WEIGHTS), origins)
 
-    def interpreter(self, artifact: Artifact) -> PlanInterpreter:
+    def stand_in(self, artifact: Artifact) -> StandIn:
         """Return what runs the plan of ``artifact`` on the CPU."""
         from arkinfer.interpreter import PlanInterpreter
 
-        return PlanInterpreter(artifact)
+        return StandIn(PlanInterpreter(artifact), "compiled, plan interpreted")
 
 
 def _key(job: Job) -> tuple[str, str, str]:

@@ -102,7 +102,7 @@ class TvmExporter:
         """Return the weights of an artifact in canonical form, unpacked from the kernels' layout."""
         return weight_file.ArtifactWeights(model, file(WEIGHTS), origins)
 
-    def interpreter(self, artifact: Artifact) -> None:
+    def stand_in(self, artifact: Artifact) -> None:
         """Return None: compiled code for processors only runs on them."""
 
 
