@@ -27,9 +27,6 @@ from arkinfer.passes import formats
 from arkinfer.reference import RowSource, WeightSource
 from arkinfer.targets import Target
 
-if TYPE_CHECKING:
-    pass
-
 WEIGHTS = "weights-cuda.safetensors"
 TOOLS = ("triton",)
 
