@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from arkinfer.artifact import verified
+from arkinfer.exporters.platforms import Platform
 
 LARGEST = 200  # libraries kept; the oldest go first
 
@@ -24,14 +25,15 @@ def _sources() -> bytes:
     """Return the digest of the code that turns a program into a library."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for file in sorted([here / "relax.py", here / "program.py", *(here / "kernels" / "tir").glob("*.py")]):
+    own = [here / name for name in ("linker.py", "platforms.py", "program.py", "relax.py")]
+    for file in sorted([*own, *(here / "kernels" / "tir").glob("*.py")]):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.digest()
 
 
-def key(program: str, isa: str, toolchain: str) -> str:
+def key(program: str, isa: str, platform: Platform, toolchain: str) -> str:
     """Return the name of the library that ``program`` (JSON) compiles to for ``isa`` with these tool versions."""
-    parts = (program.encode(), isa.encode(), toolchain.encode(), _sources())
+    parts = (program.encode(), isa.encode(), repr(platform).encode(), toolchain.encode(), _sources())
     return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
 

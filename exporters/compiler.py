@@ -9,17 +9,18 @@ from pathlib import Path
 
 import arkinfer
 from arkinfer.errors import InternalError
+from arkinfer.exporters.platforms import Platform
 
 
 class Compiler:
-    """One process that compiles one program for one instruction-set level."""
+    """One process that compiles one program for one instruction-set level of a platform."""
 
-    def __init__(self, isa: str) -> None:
+    def __init__(self, isa: str, platform: Platform) -> None:
         root = str(Path(arkinfer.__file__).resolve().parent.parent)
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
         self._isa = isa
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "arkinfer.exporters.relax", isa],
+            [sys.executable, "-m", "arkinfer.exporters.relax", isa, platform.name, platform.glibc],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,

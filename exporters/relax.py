@@ -1,14 +1,13 @@
 """Turn a Program into a shared library with TVM. Runs in a process of its own: a compiler crash becomes an error.
 
-``python -m arkinfer.exporters.relax ISA`` reads the output path from the first line of standard input and the program,
-as JSON, from the rest.
+``python -m arkinfer.exporters.relax ISA PLATFORM GLIBC`` reads the output path from the first line of standard input,
+and the program, as JSON, from the rest.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,9 +20,11 @@ sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
 import tvm
 from tvm import relax, tirx
 
+from arkinfer.exporters import linker, platforms
 from arkinfer.exporters.kernels import tir
 from arkinfer.exporters.kernels.tir import peak
 from arkinfer.exporters.kernels.tir.isa import ISAS, Isa
+from arkinfer.exporters.platforms import Platform
 from arkinfer.exporters.program import Argument, Call, Program, Value
 
 
@@ -136,30 +137,24 @@ def _emit_peak(builder: relax.BlockBuilder, isa: Isa, whole: bool) -> None:
         builder.emit_func_output(builder.emit(relax.call_tir(kernel, [x], sums)))
 
 
-def link(output: str, objects: Sequence[str], *_: object, **__: object) -> None:
-    """Link objects into a shared library with the linker of the ziglang package: no C toolchain is needed."""
-    import ziglang
+def compile_program(program: Program, isa: Isa, platform: Platform, out: Path) -> None:
+    """Compile ``program`` for ``isa`` into the library ``out`` of ``platform``."""
+    target = tvm.target.Target({**isa.target, "mtriple": platform.triple})
 
-    linker = Path(ziglang.__path__[0]) / ("zig.exe" if os.name == "nt" else "zig")
-    command = [str(linker), "ld.lld", "-shared", "--build-id=none", "-s", "-o", output, *objects]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    def link(output: str, objects: Sequence[str], *_: object, **__: object) -> None:
+        linker.link(platform, objects, Path(output))
 
-
-link.output_format = "so"  # type: ignore[attr-defined]  # how tvm asks what its linker makes
-
-
-def compile_program(program: Program, isa: Isa, out: Path) -> None:
-    """Compile ``program`` for ``isa`` into the shared library ``out``."""
+    link.output_format = platform.suffix[1:]  # type: ignore[attr-defined]  # how tvm asks what its linker makes
     # Our kernels allocate exactly what they use; looking for what could shrink takes a fifth of the time.
     with tvm.transform.PassContext(disabled_pass=["s_tir.CompactBufferAllocation"]):
-        executable = relax.build(module(program, isa), target=tvm.target.Target(isa.target), exec_mode="bytecode")
+        executable = relax.build(module(program, isa), target=target, exec_mode="bytecode")
     executable.export_library(str(out), fcompile=link)
 
 
 def main(arguments: Sequence[str]) -> None:
-    (isa,) = arguments
+    isa, platform, glibc = arguments
     out = Path(sys.stdin.readline().rstrip("\n"))
-    compile_program(Program.from_json(sys.stdin.read()), ISAS[isa], out)
+    compile_program(Program.from_json(sys.stdin.read()), ISAS[isa], platforms.find(platform, glibc), out)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from arkinfer.artifact import Artifact
 from arkinfer.artifact.journal import Journal
 from arkinfer.errors import UnsupportedError
-from arkinfer.exporters import compiled, outline, refusals
+from arkinfer.exporters import compiled, outline, platforms, refusals
 from arkinfer.exporters import weights as weight_file
 from arkinfer.exporters.base import BuildOptions, Payload, Progress
 from arkinfer.exporters.compiler import Compiler
@@ -43,7 +43,7 @@ class TvmExporter:
     def prepare(self, target: Target) -> None:
         """Start one compiler per level: they load TVM while the graph is captured."""
         if not self._compilers and all(_installed(tool) for tool in TOOLS):
-            self._compilers = {isa: Compiler(isa) for isa in target.arch if isa in ISAS}
+            self._compilers = {isa: Compiler(isa, platforms.of(target)) for isa in target.arch if isa in ISAS}
 
     def close(self) -> None:
         """End compilers that nobody waits for."""
@@ -76,17 +76,19 @@ class TvmExporter:
         program = lowering.run()
         toolchain = {tool: metadata.version(tool) for tool in TOOLS}
         text = program.to_json()
-        names = {isa: compiled.key(text, isa, json.dumps(toolchain, sort_keys=True)) for isa in target.arch}
-        missing = [isa for isa in target.arch if not compiled.fetch(names[isa], path(f"payload/{isa}.so"))]
+        platform, tools = platforms.of(target), json.dumps(toolchain, sort_keys=True)
+        libraries = {isa: path(f"payload/{isa}{platform.suffix}") for isa in target.arch}
+        names = {isa: compiled.key(text, isa, platform, tools) for isa in target.arch}
+        missing = [isa for isa in target.arch if not compiled.fetch(names[isa], libraries[isa], platform.suffix)]
         try:
             self.prepare(target)
             for isa in missing:
-                self._compilers[isa].start(text, path(f"payload/{isa}.so"))
+                self._compilers[isa].start(text, libraries[isa])
             origins = weight_file.write(program, lowering.stored, weights, path(WEIGHTS), journal, progress)
             for done, isa in enumerate(missing):
                 progress("compile", done, len(missing))
                 self._compilers[isa].finish()
-                compiled.keep(names[isa], path(f"payload/{isa}.so"))
+                compiled.keep(names[isa], libraries[isa], platform.suffix)
             progress("compile", len(missing), len(missing))
         finally:
             self.close()

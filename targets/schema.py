@@ -22,6 +22,7 @@ GROUPS = (32, 64, 128)
 HEADS = ("int8", "int4")
 METHODS = ("search", "pgptq")
 COMPUTE = ("int8", "fp16", "fp32")
+PLATFORMS = ("linux-x86_64", "linux-aarch64", "android-aarch64", "macos-arm64", "ios-arm64")
 
 _MAX_BYTES = 64 << 10
 _MAX_EXTENDS = 8
@@ -58,13 +59,16 @@ class Target:
     ``arch`` lists instruction set levels or GPU architectures, the preferred first. ``memory`` is what weights, caches
     and workspace may take in bytes and ``bandwidth`` the memory's read rate in bytes/s, each None where the machine at
     hand decides. ``compute`` maps number formats (int8, fp16, fp32) to operations per second, None likewise;
-    ``toolchain`` package names to version ranges.
+    ``toolchain`` package names to version ranges. ``platform`` is the system that code for processors is linked for,
+    None for Linux; ``glibc`` the oldest version of its C library there, None where arkinfer decides.
     """
 
     name: str
     backend: str
     description: str
     arch: tuple[str, ...]
+    platform: str | None = None
+    glibc: str | None = None
     memory: int | None = None
     bandwidth: float | None = None
     compute: Mapping[str, float | None] = field(default_factory=dict)
@@ -195,6 +199,14 @@ FIELDS: Mapping[str, Rule] = {
             "description": "Instruction set levels or GPU architectures to hold code for, the preferred first",
         },
         required=True,
+    ),
+    "platform": Rule(_one_of(PLATFORMS, "System that code for processors is linked for; default: Linux")),
+    "glibc": Rule(
+        {
+            "type": "string",
+            "pattern": r"^2\.[0-9]{1,2}$",
+            "description": "Oldest version of the C library on Linux that code must run with; quote it: '2.28'",
+        }
     ),
     "memory": Rule(
         {

@@ -40,7 +40,8 @@ OWNERS = {
     "exporters/cuda_weights.py": {"torch"},  # reads weights as tensors
     "exporters/cuda_lowering.py": {"torch"},  # walks the graph, which is torch.fx's
     "exporters/lowering.py": {"torch"},  # walks the graph, which is torch.fx's
-    "exporters/relax.py": {"tvm", "ziglang"},
+    "exporters/linker.py": {"ziglang"},
+    "exporters/relax.py": {"tvm"},
     "exporters/kernels/tir/source.py": {"tvm"},
     "exporters/kernels/triton/device/language.py": {"triton"},
     # Layouts and references of the CUDA kernels are plain torch; their code is not, and no exporter loads it.

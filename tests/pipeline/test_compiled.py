@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from arkinfer.exporters import compiled
+from arkinfer.exporters import compiled, platforms
+
+LINUX = platforms.find("linux-x86_64")
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +20,7 @@ def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_kept_library_comes_back(tmp_path: Path) -> None:
     library, out = tmp_path / "a.so", tmp_path / "b.so"
     library.write_bytes(b"code")
-    name = compiled.key("{}", "x86-64-v3", "1")
+    name = compiled.key("{}", "x86-64-v3", LINUX, "1")
     assert not compiled.fetch(name, out)
     compiled.keep(name, library)
     assert compiled.fetch(name, out)
@@ -26,11 +28,19 @@ def test_a_kept_library_comes_back(tmp_path: Path) -> None:
 
 
 def test_everything_that_the_compiler_reads_is_in_the_name() -> None:
+    older = platforms.find("linux-x86_64", "2.27")
     names = {
         compiled.key(*parts)
-        for parts in (("a", "b", "c"), ("a", "b", "d"), ("a", "d", "c"), ("d", "b", "c"), ("ab", "", "c"))
+        for parts in (
+            ("a", "b", LINUX, "c"),
+            ("a", "b", LINUX, "d"),
+            ("a", "d", LINUX, "c"),
+            ("d", "b", LINUX, "c"),
+            ("ab", "", LINUX, "c"),
+            ("a", "b", older, "c"),
+        )
     }
-    assert len(names) == 5
+    assert len(names) == 6
 
 
 def test_a_damaged_entry_is_not_used(tmp_path: Path, private_cache: Path) -> None:

@@ -1,0 +1,63 @@
+"""Linking without the toolchain of any system: what the ziglang package holds serves every platform."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import ziglang
+
+from arkinfer.errors import InternalError
+from arkinfer.exporters.platforms import Platform
+
+_EMULATIONS = {"x86_64": "elf_x86_64", "aarch64": "aarch64linux"}  # as ld.lld names them
+
+
+def zig(*arguments: str) -> None:
+    """Run zig. Raises InternalError with its first error where it fails."""
+    program = Path(ziglang.__path__[0]) / ("zig.exe" if os.name == "nt" else "zig")
+    result = subprocess.run([str(program), *arguments], capture_output=True, text=True, check=False)
+    if result.returncode:
+        lines = [line for line in result.stderr.splitlines() if "error" in line]
+        raise InternalError(
+            "the linker failed",
+            facts={"command": f"zig {arguments[0]}", "reason": lines[0] if lines else result.stderr[-300:]},
+            code="ARK-E711",
+        )
+
+
+def link(platform: Platform, objects: Sequence[str | Path], out: Path) -> None:
+    """Link ``objects`` into the library ``out`` of ``platform``; symbols that they lack are the loader's to find.
+
+    The same objects give the same bytes. A static platform gets an archive.
+    """
+    files = [str(item) for item in objects]
+    if platform.static:
+        out.unlink(missing_ok=True)  # else ar would add to it
+        zig("ar", "rcsD", str(out), *files)
+    elif platform.system == "macos":
+        name = f"-Wl,-install_name,@rpath/{out.name}"
+        plain = ["-shared", "-nostdlib", "-lSystem", "-Wl,-undefined,dynamic_lookup", name]
+        zig("cc", "-target", platform.zig, *plain, "-o", str(out), *files)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            stubs = [_stub(platform, soname, Path(folder)) for soname in platform.needed]
+            named = ["-soname", out.name] if platform.system == "android" else []
+            pages = ["-z", f"max-page-size={platform.page}"]
+            _elf(platform, ["-s", *pages, *named, "-o", str(out), *files, *stubs])
+
+
+def _stub(platform: Platform, soname: str, folder: Path) -> str:
+    """Return an empty library called ``soname``: linking with it writes down that the real one is needed."""
+    source, item, out = folder / "empty.c", folder / "empty.o", folder / soname
+    source.write_text("")
+    zig("cc", "-target", platform.zig, "-g0", "-c", str(source), "-o", str(item))
+    _elf(platform, ["-soname", soname, "-o", str(out), str(item)])
+    return str(out)
+
+
+def _elf(platform: Platform, arguments: Sequence[str]) -> None:
+    zig("ld.lld", "-m", _EMULATIONS[platform.machine], "-shared", "--build-id=none", *arguments)

@@ -1,0 +1,74 @@
+"""The systems that compiled code is linked for: their triples, file names, and what their loaders ask of a library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from arkinfer.targets import Target
+
+
+@dataclass(frozen=True)
+class Platform:
+    """One operating system on one architecture.
+
+    ``machine`` is the architecture as LLVM names it; ``triple`` is LLVM's, ``zig`` that of `zig cc -target`. ``suffix``
+    is that of a library: shared, but for iOS, whose apps are linked by Xcode from static archives (.a). ``page`` is the
+    largest page in bytes that a loader may use. ``glibc`` is the oldest C library that code may need ("2.28"), empty
+    where there is none. ``needed`` are the libraries that a shared library must name because the system's linker finds
+    no symbol otherwise.
+    """
+
+    name: str
+    system: str  # "linux", "android", "macos" or "ios"
+    machine: str
+    triple: str
+    zig: str
+    suffix: str
+    page: int
+    glibc: str = ""
+    needed: tuple[str, ...] = ()
+
+    @property
+    def static(self) -> bool:
+        """Whether a library is an archive of objects, linked into the program by whoever builds that."""
+        return self.suffix == ".a"
+
+
+_GLIBC = "2.28"  # that of the wheels of apache-tvm: Debian 10, Ubuntu 18.10, RHEL 8
+
+PLATFORMS: Mapping[str, Platform] = {
+    platform.name: platform
+    for platform in (
+        Platform("linux-x86_64", "linux", "x86_64", "x86_64-linux-gnu", "x86_64-linux-gnu", ".so", 4096, _GLIBC),
+        # 64 KiB pages: kernels of RHEL and Debian offer them.
+        Platform("linux-aarch64", "linux", "aarch64", "aarch64-linux-gnu", "aarch64-linux-gnu", ".so", 65536, _GLIBC),
+        Platform(
+            "android-aarch64",
+            "android",
+            "aarch64",
+            "aarch64-linux-android",
+            "aarch64-linux-android",
+            ".so",
+            16384,
+            needed=("libc.so", "libm.so"),
+        ),
+        Platform("macos-arm64", "macos", "aarch64", "arm64-apple-macosx11.0.0", "aarch64-macos.11.0", ".dylib", 16384),
+        Platform("ios-arm64", "ios", "aarch64", "arm64-apple-ios14.0.0", "aarch64-ios.14.0", ".a", 16384),
+    )
+}
+
+
+def find(name: str, glibc: str = "") -> Platform:
+    """Return the platform called ``name``, for that version of the C library where it has one."""
+    found = PLATFORMS[name]
+    if not found.glibc:
+        return found
+    glibc = glibc or found.glibc
+    return replace(found, glibc=glibc, zig=f"{found.zig}.{glibc}")
+
+
+def of(target: Target) -> Platform:
+    """Return what ``target`` is linked for: what its file says, else Linux on the architecture of its levels."""
+    machine = "aarch64" if target.arch[0].startswith("aarch64") else "x86_64"
+    return find(target.platform or f"linux-{machine}", target.glibc or "")
