@@ -61,7 +61,10 @@ def json_option(function: Function) -> Function:
 
 
 def build_options(function: Function) -> Function:
-    """Add what `build` and `plan` have in common: the target, and how weights, caches and attention are to be."""
+    """Add what `build` and `plan` have in common: the target, and how weights, caches and attention are to be.
+
+    All but the target are named as pipeline.build and planning.plan name them.
+    """
     for option in reversed(
         [
             click.option(
@@ -88,6 +91,7 @@ def build_options(function: Function) -> Function:
             click.option(
                 "--group",
                 type=click.Choice(["32", "64", "128"]),
+                callback=lambda context, parameter, value: int(value) if value else None,
                 help="Inputs that share a scale in int4 weights.  [default: the target's, 64]",
             ),
             click.option(

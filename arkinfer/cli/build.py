@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from arkinfer.cli import arguments
@@ -27,21 +29,12 @@ def command(
     model: str,
     target: str,
     out: str | None,
-    weights: str,
-    kv: str | None,
-    attention: str,
-    context: int | None,
-    group: str | None,
-    head: str | None,
-    method: str | None,
-    rules: tuple[str, ...],
     verify: str,
     quality: str,
     force: bool,
     adapter: str | None,
-    revision: str | None,
-    offline: bool,
     as_json: bool,
+    **choices: Any,
 ) -> None:
     """Compile MODEL for a target into an artifact.
 
@@ -56,22 +49,13 @@ def command(
             model,
             target,
             out=out,
-            weights=weights,
-            kv=kv,
-            attention=attention,
-            context=context,
-            group=int(group) if group else None,
-            head=head,
-            method=method,
-            rules=rules,
             verify=verify,
             quality=quality,
             force=force,
-            revision=revision,
-            offline=offline,
             adapter=adapter,
             progress=progress,
             say=lambda line: click.echo(line, err=True),
+            **choices,
         )
     manifest, total = artifact.manifest, arguments.artifact_size(artifact)
     if as_json:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,19 +19,11 @@ if TYPE_CHECKING:
 @click.pass_context
 def command(
     context_: click.Context,
+    /,
     model: str,
     target: str,
-    weights: str,
-    kv: str | None,
-    attention: str,
-    context: int | None,
-    group: str | None,
-    head: str | None,
-    method: str | None,
-    rules: tuple[str, ...],
-    revision: str | None,
-    offline: bool,
     as_json: bool,
+    **choices: Any,
 ) -> None:
     """Say what a build of MODEL would take, whether it fits the target and how fast it would be, before it is made.
 
@@ -40,20 +32,7 @@ def command(
     """
     from arkinfer import planning
 
-    plan = planning.plan(
-        model,
-        target,
-        weights=weights,
-        kv=kv,
-        attention=attention,
-        context=context,
-        group=int(group) if group else None,
-        head=head,
-        method=method,
-        rules=rules,
-        revision=revision,
-        offline=offline,
-    )
+    plan = planning.plan(model, target, **choices)
     if as_json:
         arguments.print_json(plan.to_dict())
     else:
