@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from arkinfer.artifact import Artifact, tensors
-from arkinfer.artifact.plan import CONTROL_SIZE, NEVER, Buffer, Launch, Piece, Plan
-from arkinfer.backends.base import Executor, Rows, State, truncated
+from arkinfer.artifact.plan import NEVER, Buffer, Launch, Piece, Plan, Schedule
+from arkinfer.backends import control
+from arkinfer.backends.base import Draw, Executor, Rows, State, truncated
 from arkinfer.backends.gears import gear
 from arkinfer.backends.rotation import tables
 from arkinfer.errors import ArtifactError
@@ -53,6 +54,8 @@ class PlanState(State):
 class PlanInterpreter(Executor):
     """Runs an artifact of the cuda backend without a GPU."""
 
+    draws = True
+
     def __init__(self, artifact: Artifact, threads: int | None = None, attention: str | None = None) -> None:
         try:
             self.plan = plan = Plan.from_json(artifact.file(PLAN).read_text(encoding="utf-8"))
@@ -78,6 +81,7 @@ class PlanInterpreter(Executor):
         self._fixed["cos"], self._fixed["sin"] = _bytes(torch.from_numpy(cos)), _bytes(torch.from_numpy(sin))
         self._arena = torch.empty(plan.arena, dtype=torch.uint8)
         self._traced: dict[str, np.ndarray] = {}
+        self._ready: tuple[int, int, Draw] | None = None  # position, token and draw of the next step, as memory has it
 
     def new_state(self, capacity: int | None = None) -> PlanState:
         """Reserve caches; the kernels are compiled for the artifact's whole context, so it takes that much memory."""
@@ -91,6 +95,31 @@ class PlanInterpreter(Executor):
             with _threads(1 if piece.stop - piece.start <= FEW else self.threads):
                 found += self._run(piece, ids[piece.start : piece.stop], state, {})
         return np.concatenate(found)
+
+    def sample(self, tokens: Sequence[int], state: State, draw: Draw) -> int:
+        """Append ``tokens`` and return the token that the plan's launches choose.
+
+        A token that they chose is read by the next step from where they put it.
+        """
+        ids = self.check(tokens, state)
+        length = state.length + len(ids)
+        if not draw.greedy:
+            start, numbers = control.numbers(draw, length, int(self.plan.facts["capacity"]))
+            self._write("random", numbers, start)
+        ready = len(ids) == 1 and self._ready == (state.length, int(ids[0]), draw)
+        for piece in self.plan.pieces(len(ids), "last"):
+            with _threads(1 if piece.stop - piece.start <= FEW else self.threads):
+                self._run(piece, ids[piece.start : piece.stop], state, {}, ready)
+        if not ready:
+            self._write("control", control.values(length - 1, self._dense_len, 1, draw))
+        choice = self.plan.sampling["greedy" if draw.greedy else "draw"]
+        self._arena.fill_(_POISON)
+        memory = self._memory(choice, state)
+        for launch in choice.launches:
+            self._launch(launch, memory, {"n": 1, "r": 1})
+        token = control.chosen(int(self._fixed["token"].view(torch.int32)[0]), self.vocab_size)
+        self._ready = length, token, draw
+        return token
 
     def trace(self, tokens: Sequence[int], state: State) -> Mapping[str, np.ndarray]:
         """Run ``tokens`` like ``step`` and keep the residual stream after every layer for ``tap``."""
@@ -109,20 +138,36 @@ class PlanInterpreter(Executor):
         """Drop the weights and the arena."""
         self._fixed, self._arena = {}, torch.empty(0, dtype=torch.uint8)
 
-    def _run(self, piece: Piece, ids: np.ndarray, state: State, kept: dict[str, list[np.ndarray]]) -> list[np.ndarray]:
-        """Run one piece; return the logits of each group of rows and append what taps see to ``kept``."""
+    def _memory(self, schedule: Schedule, state: State) -> dict[str, torch.Tensor]:
+        """Return the bytes of every buffer that ``schedule`` may name."""
         assert isinstance(state, PlanState)
-        schedule = self.plan.schedules[piece.schedule]
-        control = [state.length, self._dense_len, len(ids)]
-        self._arena.fill_(_POISON)
-        self._write("control", np.array(control + [0] * (CONTROL_SIZE - len(control)), np.int32))
-        self._write("tokens", ids)
-        sizes = {"n": len(ids), "r": 0}
         memory = {**self._fixed, **state.memory}
         for buffer in schedule.scratch:
             assert buffer.offset is not None
             end = buffer.offset + buffer.nbytes({"n": schedule.tokens, "r": schedule.rows})
             memory[buffer.name] = self._arena[buffer.offset : end]
+        return memory
+
+    def _run(
+        self,
+        piece: Piece,
+        ids: np.ndarray,
+        state: State,
+        kept: dict[str, list[np.ndarray]],
+        ready: bool = False,
+    ) -> list[np.ndarray]:
+        """Run one piece; return the logits of each group of rows and append what taps see to ``kept``.
+
+        Where memory is ``ready``, position and token stand there already.
+        """
+        schedule = self.plan.schedules[piece.schedule]
+        self._arena.fill_(_POISON)
+        if not ready:
+            self._ready = None
+            self._write("control", control.values(state.length, self._dense_len, len(ids)))
+            self._write("tokens", ids)
+        sizes = {"n": len(ids), "r": 0}
+        memory = self._memory(schedule, state)
         taps = {tap.after: tap for tap in schedule.taps}
         for index, launch in enumerate(schedule.launches[: schedule.head]):
             self._launch(launch, memory, sizes)
@@ -139,8 +184,9 @@ class PlanInterpreter(Executor):
         state.length += len(ids)
         return found
 
-    def _write(self, name: str, values: np.ndarray) -> None:
-        self._fixed[name].view(torch.int32)[: values.size] = torch.from_numpy(values)
+    def _write(self, name: str, values: np.ndarray, start: int = 0) -> None:
+        place = self._fixed[name].view(torch.float32 if values.dtype == np.float32 else torch.int32)
+        place[start : start + values.size] = torch.from_numpy(values)
 
     def _launch(self, launch: Launch, memory: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> None:
         kernel = self.plan.kernels[launch.kernel]

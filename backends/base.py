@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -12,6 +13,25 @@ from arkinfer.errors import UnsupportedError, UserError
 from arkinfer.targets import probe
 
 Rows: TypeAlias = Literal["last", "all", "none"]
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """How an executor chooses the tokens of one answer by itself. ``temperature`` 0 or ``top_k`` 1: the largest logit.
+
+    ``numbers`` (count,) float32 from 0 to below 1: ``numbers[i]`` decides on the token at position ``first + i``, as
+    runtime/sampling.py would with the same number. ``top_k`` 0 and ``top_p`` 1 exclude nothing.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    numbers: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+    first: int = 0
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0 or self.top_k == 1
 
 
 class State(ABC):
@@ -42,6 +62,7 @@ class Executor(ABC):
     max_context: int
     threads: int
     isa: str
+    draws: bool = False  # whether ``sample`` is there
 
     @abstractmethod
     def new_state(self, capacity: int | None = None) -> State:
@@ -55,6 +76,14 @@ class Executor(ABC):
         skips the output layer. The array stays valid after later steps. Raises UserError, with the state as it was,
         when a token is outside the vocabulary or the state would overflow.
         """
+
+    def sample(self, tokens: Sequence[int], state: State, draw: Draw) -> int:
+        """Append ``tokens`` to ``state`` like ``step`` and return the token that follows, chosen where logits are made.
+
+        Handing the token that it returned to the next call with the same ``draw`` is the cheap case: on GPUs it lies
+        where that step reads it. Raises what ``step`` raises, and InternalError for logits that are not numbers.
+        """
+        raise UnsupportedError(f"the {type(self).__name__} leaves choosing tokens to the host", code="ARK-E320")
 
     def check(self, tokens: Sequence[int], state: State) -> np.ndarray:
         """Return ``tokens`` as int32 if ``state`` can take them. Raises UserError for the reasons that `step` names."""

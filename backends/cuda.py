@@ -11,15 +11,16 @@ import re
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from arkinfer.artifact import Artifact
-from arkinfer.artifact.plan import CONTROL_SIZE, NEVER, Extent, Kernel, Launch, Plan, Schedule, evaluate
+from arkinfer.artifact.plan import NEVER, Extent, Kernel, Launch, Plan, Schedule, evaluate
 from arkinfer.artifact.tensors import load as load_tensors
-from arkinfer.backends.base import Executor, Rows, State, truncated
+from arkinfer.backends import control
+from arkinfer.backends.base import Draw, Executor, Rows, State, truncated
 from arkinfer.backends.cuda_driver import Driver, places, present_gpu
 from arkinfer.backends.gears import decode_bytes, gear
 from arkinfer.backends.rotation import tables
@@ -34,11 +35,11 @@ BLOCK = 64  # contexts are whole attention blocks
 
 @dataclass
 class Slot:
-    """The caches of one sequence on the device: addresses by buffer name, and the decode graph that uses them."""
+    """The caches of one sequence on the device: addresses by buffer name, and the decode graphs that use them."""
 
     block: int
     addresses: Mapping[str, int]
-    graph: Any = None
+    graphs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ class CudaState(State):
 class CudaExecutor(Executor):
     """Runs one artifact on the first GPU. Not thread-safe: the Engine serialises its steps."""
 
+    draws = True
+
     def __init__(self, artifact: Artifact, threads: int | None, attention: str | None) -> None:
         self.plan = plan = _read_plan(artifact)
         facts = plan.facts
@@ -86,6 +89,9 @@ class CudaExecutor(Executor):
         level, translated = _level(artifact, plan, gpu)
         self.isa = f"{gpu.level}, translated from {level}" if translated else level
         self.driver = Driver()
+        # What the device's memory holds: position, token and draw of the next step, and whose random numbers.
+        self._ready: tuple[int, int, Draw] | None = None
+        self._numbers: Draw | None = None
         try:
             self._reserve(artifact)
             self._kernels = [self._load(artifact, kernel, level, translated) for kernel in plan.kernels]
@@ -169,38 +175,92 @@ class CudaExecutor(Executor):
         assert isinstance(state, CudaState)
         ids = self.check(tokens, state)
         self.driver.current()
-        pieces = self.plan.pieces(len(ids), logits)
-        found = np.empty((sum(len(group) for piece in pieces for group in piece.groups), self.vocab_size), np.float32)
+        rows = {"last": 1, "all": len(ids), "none": 0}[logits]
+        found = np.empty((rows, self.vocab_size), np.float32)
+        self._compute(ids, state, logits, kept, found)
+        self.driver.wait()
+        return found
+
+    def _compute(
+        self,
+        ids: np.ndarray,
+        state: CudaState,
+        logits: Rows,
+        kept: dict[str, list[np.ndarray]],
+        found: np.ndarray | None,
+    ) -> None:
+        """Append ``ids``; fill ``found`` (rows, vocab) with the wanted logits, or leave them on the device if None."""
         row = 0
-        for piece in pieces:
+        for piece in self.plan.pieces(len(ids), logits):
             schedule = self.plan.schedules[piece.schedule]
             count = piece.stop - piece.start
             self._write_inputs(state.length, ids[piece.start : piece.stop])
             if schedule.tokens == 1 and piece.groups and not kept:
-                self.driver.replay(self._graph(schedule, state.slot))
+                self.driver.replay(self._graph(state.slot, "logits"))
             else:
                 self._start(schedule, schedule.launches[: schedule.head], state.slot, count, 0, kept)
             for group in piece.groups:
                 if schedule.tokens > 1 or kept:
                     self.driver.upload(self._addresses["rows"], np.array(group, np.int32))
                     self._start(schedule, schedule.launches[schedule.head :], state.slot, count, len(group), {})
-                self.driver.download(found[row : row + len(group)], self._addresses["logits"])
+                if found is not None:
+                    self.driver.download(found[row : row + len(group)], self._addresses["logits"])
                 row += len(group)
             state.length += count
-        self.driver.wait()
-        return found
 
-    def _write_inputs(self, position: int, ids: np.ndarray) -> None:
-        control = np.zeros(CONTROL_SIZE, np.int32)
-        control[:3] = position, self._gear, len(ids)
-        self.driver.upload(self._addresses["control"], control)
+    def sample(self, tokens: Sequence[int], state: State, draw: Draw) -> int:
+        """Append ``tokens`` and return the token that the device chose: for one token, one graph launch and one read.
+
+        The host writes nothing where the device's memory holds what is asked for: the token that it chose last.
+        """
+        assert isinstance(state, CudaState)
+        driver, name = self.driver, "greedy" if draw.greedy else "draw"
+        ids = self.check(tokens, state)
+        driver.current()
+        if name == "draw":
+            start, numbers = control.numbers(draw, state.length + len(ids), int(self.plan.facts["capacity"]))
+            if self._numbers is not draw:
+                self._numbers = None
+                driver.upload(self._addresses["random"] + 4 * start, numbers)
+                self._numbers = draw
+        if len(ids) == 1:
+            if self._ready != (state.length, int(ids[0]), draw):
+                self._write_inputs(state.length, ids, draw)
+            self._ready = None
+            driver.replay(self._graph(state.slot, name))
+            state.length += 1
+        else:
+            self._compute(ids, state, "last", {}, None)
+            self._write_inputs(state.length - 1, ids[-1:], draw)
+            choice = self.plan.sampling[name]
+            self._start(choice, choice.launches, state.slot, 1, 1, {})
+        found = np.empty(1, np.int32)
+        driver.download(found, self._addresses["token"])
+        token = control.chosen(int(found[0]), self.vocab_size)
+        self._ready = state.length, token, draw
+        return token
+
+    def _write_inputs(self, position: int, ids: np.ndarray, draw: Draw | None = None) -> None:
+        self._ready = None
+        self.driver.upload(self._addresses["control"], control.values(position, self._gear, len(ids), draw))
         self.driver.upload(self._addresses["tokens"], ids)
 
-    def _graph(self, schedule: Schedule, slot: Slot) -> Any:
-        """Return the captured decode step on ``slot``: position and token are read from the device's memory."""
-        if slot.graph is None:
-            slot.graph = self.driver.capture(lambda: self._start(schedule, schedule.launches, slot, 1, 1, {}))
-        return slot.graph
+    def _graph(self, slot: Slot, name: str) -> Any:
+        """Return the captured decode step on ``slot`` that ends with logits, or with a token chosen as ``name`` says.
+
+        Position, token and how to draw are read from the device's memory.
+        """
+
+        def work() -> None:
+            decode = self.plan.schedules["decode"]
+            self._start(decode, decode.launches, slot, 1, 1, {})
+            if name in self.plan.sampling:
+                choice = self.plan.sampling[name]
+                self._start(choice, choice.launches, slot, 1, 1, {})
+
+        if name not in slot.graphs:
+            slot.graphs[name] = self.driver.capture(work)
+        return slot.graphs[name]
 
     def _start(
         self,

@@ -98,16 +98,23 @@ def _key(job: Job) -> tuple[str, str, str]:
 
 
 def _with_images(plan: Plan, cubins: Mapping[tuple[str, str, str], Cubin], path: Callable[[str], Path]) -> Plan:
-    """Write every cubin and its PTX into the artifact, and name them in the kernel table."""
+    """Write every cubin and its PTX into the artifact, and name them in the kernel table.
+
+    Kernels that differ in what a launch passes by value alone share their files.
+    """
     table = []
+    stems: dict[tuple[str, str, str], str] = {}
     for index, kernel in enumerate(plan.kernels):
         description = kernels.kernel(kernel.name)
         images = {}
         for level in plan.levels:
             cubin = cubins[_key(Job(kernel.name, kernel.options, level))]
-            stem = f"payload/{level}/{index:03}-{kernel.name}"
-            path(f"{stem}.cubin").write_bytes(cubin.code)
-            path(f"{stem}.ptx").write_text(cubin.ptx, encoding="utf-8")
+            same = (level, kernel.name, cubin.digest)
+            if same not in stems:
+                stems[same] = f"payload/{level}/{index:03}-{kernel.name}"
+                path(f"{stems[same]}.cubin").write_bytes(cubin.code)
+                path(f"{stems[same]}.ptx").write_text(cubin.ptx, encoding="utf-8")
+            stem = stems[same]
             grid = description.variant(description.parse(kernel.options), level).grid
             names = (f"{stem}.cubin", f"{stem}.ptx")
             images[level] = Image(*names, cubin.entry, grid, cubin.num_warps, cubin.shared)

@@ -17,6 +17,7 @@ import torch
 from arkinfer.artifact.plan import (
     ALIGNMENT,
     CONTROL_SIZE,
+    SAMPLING,
     Argument,
     Buffer,
     Extent,
@@ -33,6 +34,7 @@ from arkinfer.exporters.base import BuildOptions
 from arkinfer.exporters.cuda_weights import PARTS, Stored
 from arkinfer.exporters.kernels import triton as kernels
 from arkinfer.exporters.kernels.triton.layout import BLOCK
+from arkinfer.exporters.kernels.triton.sampling import STEPS
 from arkinfer.graph import ModelGraph, Node, Weight
 
 aten = torch.ops.aten
@@ -68,16 +70,20 @@ class Lowering:
             Buffer("rows", "int32", (rows,), "input"),
             Buffer("cos", "float32", table, "input"),
             Buffer("sin", "float32", table, "input"),
+            Buffer("random", "float32", (self.capacity,), "input"),
             Buffer("logits", "float32", (rows, self.config.vocab_size), "output"),
+            Buffer("token", "int32", (1,), "output"),
         ):
             self.buffers[buffer.name] = buffer
         walks = {name: Walk(self, *size).run() for name, size in SIZES.items()}
+        sampling = {name: Walk(self, 1, 1).choice(name == "draw") for name in SAMPLING}
         return Plan(
             levels=self.levels,
             buffers=tuple(self.buffers.values()),
             kernels=tuple(self.kernels),
             schedules={name: schedule for name, (schedule, _) in walks.items()},
-            arena=max(end for _, end in walks.values()),
+            sampling={name: schedule for name, (schedule, _) in sampling.items()},
+            arena=max(end for _, end in (*walks.values(), *sampling.values())),
             facts={**facts, "capacity": self.capacity},
         )
 
@@ -182,6 +188,24 @@ class Walk:
                 rule(node)
         scratch, end = self._placed()
         return Schedule(self.tokens, self.rows, scratch, tuple(self.launches), self.head, tuple(self.taps)), end
+
+    def choice(self, draw: bool) -> tuple[Schedule, int]:
+        """Return what chooses a token from the first row of logits, by the fields of control where it is a ``draw``."""
+        vocab = {"vocab": self.config.vocab_size}
+        self._launch("argmax_partial", vocab, "largest", {})
+        found = {name: Pointer(f"largest.{name}") for name in ("values", "ids")}
+        if draw:
+            options = {**vocab, "context": self.shared.capacity}
+            steps = [("sample_narrow", {**options, "step": step}) for step in range(STEPS)]
+            for kernel, given in (*steps, ("sample_mass", options), ("sample", options)):
+                for argument in self.shared.kernels[self.shared.kernel(kernel, given)].pointed:
+                    if argument.name not in (*found, *self.shared.buffers):
+                        found[argument.name] = self._scratch(argument.name, argument.dtype, *argument.shape)
+                self._launch(kernel, given, kernel, found)
+        else:
+            self._launch("argmax", vocab, "argmax", found)
+        scratch, end = self._placed()
+        return Schedule(1, 1, scratch, tuple(self.launches), 0), end
 
     def _placed(self) -> tuple[tuple[Buffer, ...], int]:
         """Give every scratch buffer its place. What the head reads stays alive: the head may run again and again."""

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.random import default_rng
 
+from arkinfer.backends.base import Draw
 from arkinfer.errors import InternalError, UserError
 
+COLDEST = 1e-30  # temperatures below it are 0: float32 holds no inverse of the smallest
 _BLOCK = 64  # logits per block when looking for the k largest
 
 
@@ -45,7 +47,12 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0 or self.top_k == 1
+        return self.temperature < COLDEST or self.top_k == 1
+
+    @property
+    def plain(self) -> bool:
+        """Whether the logits alone decide, by temperature, top-k and top-p: what executors can do by themselves."""
+        return not self.penalised and self.min_p == 0
 
     @property
     def penalised(self) -> bool:
@@ -137,8 +144,19 @@ def _pick(weights: np.ndarray, fraction: float) -> int:
     return int(starts[block]) + min(place, int(np.flatnonzero(inner)[-1]))
 
 
+def drawing(options: Sampling, first: int, count: int) -> Draw:
+    """Return ``options`` for an executor that chooses ``count`` tokens from position ``first`` on by itself.
+
+    Its numbers are those that a ``Sampler`` of the same seed takes, token by token. ``options`` must be ``plain``.
+    """
+    if options.greedy:
+        return Draw()
+    numbers = default_rng(options.seed).random(count, np.float32)
+    return Draw(options.temperature, options.top_k, options.top_p, numbers, first)
+
+
 class Sampler:
-    """Chooses the tokens of one answer; knows the tokens seen so far and owns the random state."""
+    """Chooses the tokens of one answer; knows the tokens seen so far and owns the random state: one number a token."""
 
     def __init__(self, options: Sampling, vocab_size: int, prompt: Iterable[int]) -> None:
         self._options = options
@@ -154,7 +172,9 @@ class Sampler:
         if options.penalised:
             logits = penalise(logits, options, self._seen, self._counts)
         ids, weights = distribution(logits, options)
-        token = int(ids[_pick(weights, self._random.random()) if ids.size > 1 else 0])
+        # A number is taken even where it decides nothing, so that the i-th token always has the i-th number.
+        number = 0.0 if options.greedy else float(self._random.random(dtype=np.float32))
+        token = int(ids[_pick(weights, number)])
         if options.penalised:
             self._counts[token] += 1
             self._seen[token] = True

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
-from arkinfer.backends.base import Rows, State
+from arkinfer.backends.base import Draw, Rows, State
 from arkinfer.errors import UserError
 from arkinfer.runtime.options import Message, Options, Prompt
 from arkinfer.runtime.result import Result
@@ -149,6 +149,13 @@ class Session:
             rows = executor.step(tokens, self._state, logits)
         self._tokens += tokens
         return rows
+
+    def sample(self, tokens: Sequence[int], draw: Draw) -> int:
+        """Run one executor step that chooses the next token, and record it. Internal."""
+        with self.engine.computing() as executor:
+            token = executor.sample(tokens, self._state, draw)
+        self._tokens += tokens
+        return token
 
     def rewind(self, prompt: Sequence[int]) -> int:
         """Keep the longest beginning that ``prompt`` shares with the context, short of its last token. Internal."""

@@ -7,12 +7,10 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from arkinfer.runtime.options import Request
 from arkinfer.runtime.reasoning import Kind, ReasoningSplitter
 from arkinfer.runtime.result import Finish, Piece, Result, Timing, Usage
-from arkinfer.runtime.sampling import Sampler
+from arkinfer.runtime.sampling import Sampler, drawing
 from arkinfer.runtime.stops import StopFilter
 
 if TYPE_CHECKING:
@@ -115,14 +113,14 @@ class Run:
         session, request = self._session, self._request
         engine = session.engine
         self._began = time.perf_counter()
-        logits = self._read_prompt()
-        if logits is None:
+        choose = self._chooser()
+        first = self._read_prompt(choose)
+        if first is None:
             return "cancelled"
-        sampler = Sampler(request.sampling, logits.size, self._prompt)
+        token = first
         detokenizer = engine.tokenizer.stream(engine.tag_ids)
         stops = StopFilter(request.stop)
         while True:
-            token = sampler(logits)
             self._last = time.perf_counter()
             if not self._tokens:
                 self._first = self._last
@@ -139,24 +137,36 @@ class Run:
             if self.stopped.is_set():
                 yield from self._flush(detokenizer.flush(), stops, token)
                 return "cancelled"
-            logits = session.append([token], "last")[0]
+            token = choose([token])
 
-    def _read_prompt(self) -> np.ndarray | None:
-        """Bring the session to the prompt's end and return its last logits (vocab,), or None if cancelled."""
+    def _chooser(self) -> Callable[[list[int]], int]:
+        """Return what appends tokens and chooses the next one: the executor itself where it can, else a Sampler."""
+        session, sampling = self._session, self._request.sampling
+        if session.engine.executor.draws and sampling.plain:
+            first = len(self._prompt)
+            draw = drawing(sampling, first, min(self._request.max_tokens, session.capacity - first + 1))
+            return lambda tokens: session.sample(tokens, draw)
+        sampler = Sampler(sampling, session.engine.vocab_size, self._prompt)
+        return lambda tokens: sampler(session.append(tokens, "last")[0])
+
+    def _read_prompt(self, choose: Callable[[list[int]], int]) -> int | None:
+        """Bring the session to the prompt's end and return the token that ``choose`` finds there; None if cancelled."""
         session, total = self._session, len(self._prompt)
         self._cached = session.rewind(self._prompt)
-        logits: np.ndarray | None = None
+        token: int | None = None
         for start in range(self._cached, total, CHUNK):
             if self.stopped.is_set():
                 return None
-            chunk = self._prompt[start : start + CHUNK]
+            chunk = list(self._prompt[start : start + CHUNK])
             done = start + len(chunk)
-            rows = session.append(chunk, "last" if done == total else "none")
-            logits = rows[-1] if done == total else None
+            if done == total:
+                token = choose(chunk)
+            else:
+                session.append(chunk, "none")
             if self._request.progress is not None:
                 self._request.progress(done, total)
         self._prefill = time.perf_counter() - self._began
-        return None if self.stopped.is_set() else logits
+        return None if self.stopped.is_set() else token
 
     def _show(self, text: str, stops: StopFilter, token: int) -> Generator[Piece, None, None]:
         parts: list[tuple[Kind, str]] = [("text", text)] if self._splitter is None else self._splitter.push(text)

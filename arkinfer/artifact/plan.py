@@ -10,20 +10,22 @@ from __future__ import annotations
 import ast
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any
 
-FORMAT = 1  # of payload/plan.json; readers refuse any other
+FORMAT = 2  # of payload/plan.json; readers refuse any other
 ALIGNMENT = 256  # bytes; kernels are compiled for pointers to whole multiples of 16
 ITEM_BYTES: Mapping[str, int] = {
     "uint8": 1, "int8": 1, "int32": 4, "float16": 2, "bfloat16": 2, "float32": 4,
 }  # fmt: skip
 KINDS = ("parameter", "cache", "input", "output", "control", "scratch")
 ROLES = ("in", "out", "inout", "scalar")
-CONTROL = ("position", "dense_len", "tokens")  # the first int32 values of the control buffer
+# The first int32 values of the control buffer; 1 / temperature (0: greedy) and top_p are the bits of a float32.
+CONTROL = ("position", "dense_len", "tokens", "inverse_temperature", "top_k", "top_p")
 CONTROL_SIZE = 16  # int32 values
+SAMPLING = ("greedy", "draw")
 NEVER = 1 << 30  # a dense_len that no position reaches
 
 Extent = int | str
@@ -200,12 +202,18 @@ class Piece:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that an executor needs beside the weights: ``facts`` are the model's (vocabulary, rope, sparse, traffic)."""
+    """All that an executor needs beside the weights: ``facts`` are the model's (vocabulary, rope, sparse, traffic).
+
+    ``sampling`` holds what may follow a step on the device, "greedy" and "draw": launches that read the first row of
+    logits, and control's position, which is that of the row. They write the token, put it where the next step reads it
+    and add one to the position.
+    """
 
     levels: tuple[str, ...]
     buffers: tuple[Buffer, ...]
     kernels: tuple[Kernel, ...]
     schedules: Mapping[str, Schedule]
+    sampling: Mapping[str, Schedule]
     arena: int
     facts: Mapping[str, Any]
 
@@ -254,7 +262,9 @@ class Plan:
             raise ValueError("two buffers have one name")
         for buffer in self.buffers:
             _check_buffer(buffer)
-        for label, schedule in self.schedules.items():
+        if set(self.sampling) != set(SAMPLING):
+            raise ValueError(f"it chooses tokens by {', '.join(self.sampling) or 'nothing'}, not {', '.join(SAMPLING)}")
+        for label, schedule in self._named():
             sizes = {"n": schedule.tokens, "r": schedule.rows}
             table = {buffer.name: buffer for buffer in (*self.buffers, *schedule.scratch)}
             if len(table) != len(self.buffers) + len(schedule.scratch):
@@ -271,6 +281,11 @@ class Plan:
             for tap in schedule.taps:
                 if tap.buffer not in table or not 0 <= tap.after < len(schedule.launches):
                     raise ValueError(f"{label}: the tap {tap.name} looks at nothing")
+
+    def _named(self) -> Iterator[tuple[str, Schedule]]:
+        yield from self.schedules.items()
+        for name, schedule in self.sampling.items():
+            yield f"sampling {name}", schedule
 
     def _check_launch(self, label: str, launch: Launch, table: Mapping[str, Buffer], sizes: Mapping[str, int]) -> None:
         if not 0 <= launch.kernel < len(self.kernels):
@@ -299,12 +314,12 @@ class Plan:
         lines = [f"# for {', '.join(self.levels)}; arena of {self.arena:,} bytes; context {context:,}"]
         for kind in KINDS[:-1]:
             lines += [f"{kind} {_described(buffer)}" for buffer in self.of_kind(kind)]
-        for name, schedule in self.schedules.items():
+        for name, schedule in self._named():
             lines += ["", f"schedule {name}: n <= {schedule.tokens}, r <= {schedule.rows}"]
             lines += [f"  scratch {_described(buffer)} @ {buffer.offset}" for buffer in schedule.scratch]
             taps = {tap.after: tap for tap in schedule.taps}
             for index, launch in enumerate(schedule.launches):
-                if index == schedule.head:
+                if index == schedule.head and name in self.schedules:
                     lines.append("  head:")
                 lines.append(f"  {index:3} {self._call(launch)}")
                 if index in taps:
@@ -361,6 +376,7 @@ def _plan(data: Mapping[str, Any]) -> Plan:
         buffers=buffers(data["buffers"]),
         kernels=tuple(kernel(item) for item in data["kernels"]),
         schedules={name: schedule(item) for name, item in data["schedules"].items()},
+        sampling={name: schedule(item) for name, item in data["sampling"].items()},
         arena=data["arena"],
         facts=data["facts"],
     )

@@ -16,7 +16,7 @@ from arkinfer.errors import UnsupportedError, UserError
 
 if TYPE_CHECKING:
     from arkinfer.artifact import Artifact
-    from arkinfer.backends.base import Executor, State
+    from arkinfer.backends.base import Draw, Executor, State
 
 CHUNK = 512  # prompt tokens per step, as the runtime reads prompts
 
@@ -185,11 +185,14 @@ def _read(executor: Executor, state: State, count: int) -> float:
 
 
 def _answer(executor: Executor, state: State, count: int) -> float:
-    """Return the seconds of ``count`` steps of one token, each chosen from the logits before it."""
-    token = _tokens(executor, 1)[0]
+    """Return the seconds of ``count`` steps of one token, each chosen (by the executor if it can) from the logits."""
+    token, largest = _tokens(executor, 1)[0], Draw()
     begin = time.perf_counter()
     for _ in range(count):
-        token = int(executor.step([token], state, "last")[0].argmax())
+        if executor.draws:
+            token = executor.sample([token], state, largest)
+        else:
+            token = int(executor.step([token], state, "last")[0].argmax())
     return time.perf_counter() - begin
 
 

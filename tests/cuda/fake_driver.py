@@ -34,6 +34,9 @@ class FakeDriver:
     launches: int = 0
     captures: int = 0
     replays: int = 0
+    uploads: int = 0
+    downloads: int = 0
+    downloaded: int = 0  # bytes
     translated: int = 0
     blocks: dict[int, torch.Tensor] = field(default_factory=dict)
     recording: list[Callable[[], None]] | None = None
@@ -110,11 +113,13 @@ class FakeDriver:
 
     def cuMemcpyHtoDAsync(self, target: int, source: int, nbytes: int, stream: str) -> tuple[Any]:
         assert self.recording is None
+        self.uploads += 1
         self.at(target, nbytes).copy_(torch.frombuffer(bytearray(ctypes.string_at(source, nbytes)), dtype=torch.uint8))
         return (_OK,)
 
     def cuMemcpyDtoHAsync(self, target: int, source: int, nbytes: int, stream: str) -> tuple[Any]:
         assert self.recording is None
+        self.downloads, self.downloaded = self.downloads + 1, self.downloaded + nbytes
         data = self.at(source, nbytes).numpy()
         ctypes.memmove(target, data.ctypes.data, nbytes)
         return (_OK,)

@@ -53,6 +53,7 @@ PLAN = Plan(
     buffers=(Buffer("w", "bfloat16", (3, 5), "parameter"),),
     kernels=(DOUBLE,),
     schedules={"decode": schedule(1, 1), "verify": schedule(8, 8), "prefill": schedule(512, 64)},
+    sampling={"greedy": schedule(1, 1), "draw": schedule(1, 1)},
     arena=32 * 512 + 16 * 512,
     facts={"max_context": 1024},
 )
@@ -93,6 +94,8 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "extent": (_set("buffers", 0, "shape", value=["open('x')"]), "uses more than"),
     "head": (_set("schedules", "decode", "head", value=3), "head"),
     "tap": (_set("schedules", "decode", "taps", 0, "after", value=7), "layer.0"),
+    "sampling": (lambda data: data["sampling"].pop("draw"), "chooses tokens by greedy"),
+    "choice": (_set("sampling", "draw", "launches", 0, "kernel", value=1), "sampling draw: a launch calls kernel 1"),
     "missing": (lambda data: data.pop("kernels"), "kernels"),
     "role": (_set("kernels", 0, "arguments", 0, "role", value="both"), "unknown kind"),
     "arguments": (lambda data: data["schedules"]["decode"]["launches"][0]["pointers"].pop(), "takes 2 pointers"),

@@ -2,10 +2,10 @@
 
 How to draw is read from control at run time, so that one captured graph serves every request: [3] the bits of float32
 1 / temperature (0: greedy), [4] top_k (0: all), [5] the bits of float32 top_p. The random number of a position comes
-from a table that the host fills. A draw is that of runtime/sampling.py given the same number: weights
-exp((logit - largest) / temperature), of them the top_k largest with those that equal the last, of these the fewest that
-reach top_p of the sum (lower ids first among equals), and from those in the order of ids. It differs only where sums in
-float32 instead of float64 decide.
+from a table that the host fills; the token is -1 where a logit is not a number or none is finite. A draw is that of
+runtime/sampling.py given the same number: weights exp((logit - largest) / temperature), of them the top_k largest with
+those that equal the last, of these the fewest that reach top_p of the sum (lower ids first among equals), and from
+those in the order of ids. It differs only where sums in float32 instead of float64 decide.
 
 Both bounds are found digit by digit over the *rank* of a logit: 30 bits that order like the logits, taken from the bits
 of its scaled distance to the largest (not negative, so they order like integers; beyond 128 a weight is 0). Each of
@@ -75,11 +75,15 @@ def _variant(options: Vocabulary, arch: str) -> Variant:
     return Variant({"PARTS": options.parts, "BLOCK": power_of_two(options.parts)}, ("1", "1", "1"), 1, 1)
 
 
-def _reference(options: Vocabulary, arguments: Mapping[str, torch.Tensor], n: int, r: int) -> None:
-    chosen = arguments["ids"][_first(arguments["values"])]
+def _finish(arguments: Mapping[str, torch.Tensor], chosen: int) -> None:
+    chosen = chosen if math.isfinite(float(arguments["values"].max())) else -1
     arguments["token"][0] = chosen
-    arguments["tokens"][0] = chosen
+    arguments["tokens"][0] = max(0, chosen)
     arguments["control"][0] += 1
+
+
+def _reference(options: Vocabulary, arguments: Mapping[str, torch.Tensor], n: int, r: int) -> None:
+    _finish(arguments, int(arguments["ids"][_first(arguments["values"])]))
 
 
 ARGMAX_PARTIAL = Kernel("sampling:argmax_partial", Vocabulary, _partial_arguments, _partial_variant, _partial_reference)
@@ -229,7 +233,8 @@ def _mass_reference(options: Draw, arguments: Mapping[str, torch.Tensor], n: int
 
 def _sample_reference(options: Draw, arguments: Mapping[str, torch.Tensor], n: int, r: int) -> None:
     control, state = arguments["control"], arguments["state"]
-    if int(control[3]) and int(control[4]) != 1:
+    sound = math.isfinite(float(arguments["values"].max()))
+    if sound and int(control[3]) and int(control[4]) != 1:
         weights, ranks = _weights(arguments)
         kept, bound = ranks >= state[_KEPT], int(state[_BOUND])
         taken = kept & (ranks > bound)
@@ -246,9 +251,7 @@ def _sample_reference(options: Draw, arguments: Mapping[str, torch.Tensor], n: i
         chosen = min(chosen, int((taken & (weights > 0)).nonzero()[-1]))
     else:
         chosen = int(arguments["ids"][_first(arguments["values"])])
-    arguments["token"][0] = chosen
-    arguments["tokens"][0] = chosen
-    control[0] += 1
+    _finish(arguments, chosen)
 
 
 SAMPLE_NARROW = Kernel("sampling:sample_narrow", Draw, _narrow_arguments, _draw_variant, _narrow_reference)

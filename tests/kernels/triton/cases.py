@@ -11,6 +11,8 @@ import torch
 from tests.kernels.triton import draws
 from tests.kernels.triton.samples import Case
 
+NAN, INF = float("nan"), float("inf")
+
 
 def _linear() -> Iterator[Case]:
     formats: list[dict[str, Any]] = [
@@ -123,6 +125,11 @@ def _draws() -> Iterator[Case]:
                 continue
             given = {name: value.tolist() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
             yield Case(name, options, values=given, note=f"T={temperature} k={top_k} p={top_p}")
+    known = draws.start(logits.index_fill(0, torch.tensor([5000]), NAN), 0.8, 12, 0.9, 0.7)
+    for name, options, arguments in draws.launches(known):
+        if name == "sample":
+            given = {name: value.tolist() for name, value in arguments.items()}
+            yield Case(name, options, values=given, note="NaN among the logits")
 
 
 def cases() -> list[Case]:
@@ -144,6 +151,11 @@ def cases() -> list[Case]:
         Case("argmax_partial", {"vocab": 5000}, values={"logits": [[1.0] * 4999 + [2.0]]}),
         Case("argmax_partial", {"vocab": 100}, values={"logits": [[0.0] * 30 + [5.0, 1.0, 5.0] + [0.0] * 67]}),
         Case("argmax", {"vocab": 9001}, position=4, values={"values": [1.0, 3.0, 3.0], "ids": [5, 4500, 8999]}),
+        *(
+            Case("argmax", {"vocab": 9001}, values={"values": values, "ids": [5, 4500, 8999]}, note=f"largest {values}")
+            for values in ([1.0, NAN, 2.0], [1.0, INF, 2.0], [-INF, -INF, -INF], [-INF, -3.0, -INF])
+        ),
+        Case("argmax_partial", {"vocab": 5000}, values={"logits": [[1.0, NAN, 3.0] + [-INF] * 4997]}, note="NaN"),
     ]
     shape = {"heads": 3, "kv_heads": 1, "head_dim": 24, "context": 64}
     found += [

@@ -8,10 +8,28 @@ def argmax_partial(logits, values, ids, VOCAB: tl.constexpr, BLOCK: tl.constexpr
     part = tl.program_id(0)
     place = part * BLOCK + tl.arange(0, BLOCK)
     found = tl.load(logits + place, mask=place < VOCAB, other=-float("inf"))
+    broken = tl.max((found != found).to(tl.int32), axis=0)
+    found = tl.where(found != found, -float("inf"), found)
     largest = tl.max(found, axis=0)
-    tl.store(values + part, largest)
+    tl.store(values + part, tl.where(broken > 0, float("nan"), largest))
     # The lowest id among equals; places past the vocabulary hold -inf and the highest ids.
-    tl.store(ids + part, tl.min(tl.where(found == largest, place, VOCAB), axis=0))
+    lowest = tl.min(tl.where(found == largest, place, VOCAB), axis=0)
+    tl.store(ids + part, tl.where(broken > 0, part * BLOCK, lowest))
+
+
+@jit
+def _sound(found):
+    """Whether the largest values of the parts are numbers, and one of them finite."""
+    broken = tl.max(((found != found) | (found == float("inf"))).to(tl.int32), axis=0)
+    return (broken == 0) & (tl.max(found, axis=0) > -float("inf"))
+
+
+@jit
+def _finish(chosen, position, control, tokens, token):
+    """Say what was chosen, put it where the next step reads it, and move on."""
+    tl.store(token, chosen)
+    tl.store(tokens, tl.maximum(chosen, 0))
+    tl.store(control, position + 1)
 
 
 @jit
@@ -21,9 +39,7 @@ def argmax(values, ids, control, tokens, token, PARTS: tl.constexpr, BLOCK: tl.c
     found = tl.load(values + part, mask=inside, other=-float("inf"))
     chosen = tl.load(ids + part, mask=inside, other=2147483647)
     best = tl.min(tl.where(found == tl.max(found, axis=0), chosen, 2147483647), axis=0)
-    tl.store(token, best)
-    tl.store(tokens, best)
-    tl.store(control, tl.load(control) + 1)
+    _finish(tl.where(_sound(found), best, -1), tl.load(control), control, tokens, token)
 
 
 DIGITS = tl.constexpr(32)
@@ -131,8 +147,8 @@ def sample(
     inside = p < PARTS
     position = tl.load(control)
     best = _largest(values, PARTS, PARTS_TILE)
+    found = tl.load(values + p, mask=inside, other=-float("inf"))
     if (tl.load(control + 3) == 0) | (tl.load(control + 4) == 1):
-        found = tl.load(values + p, mask=inside, other=-float("inf"))
         chosen = tl.load(ids + p, mask=inside, other=2147483647)
         chosen = tl.min(tl.where(found == best, chosen, 2147483647), axis=0)
     else:
@@ -165,6 +181,4 @@ def sample(
         sums = tl.cumsum(weights, axis=0)
         final = tl.max(tl.where(weights > 0.0, place, 0), axis=0)
         chosen = tl.minimum(part * BLOCK + tl.sum((sums <= rest).to(tl.int32), axis=0), final)
-    tl.store(token, chosen)
-    tl.store(tokens, chosen)
-    tl.store(control, position + 1)
+    _finish(tl.where(_sound(found), chosen, -1), position, control, tokens, token)
