@@ -14,7 +14,7 @@ from arkinfer.amounts import size
 from arkinfer.artifact import staging
 from arkinfer.artifact.tensors import ITEM_BYTES, TensorSpec
 from arkinfer.backends.gears import decode_bytes, threshold, visible
-from arkinfer.backends.tvm import BLOCK, CacheSpec
+from arkinfer.backends.tvm import BLOCK
 from arkinfer.checkpoint import Checkpoint, open_checkpoint
 from arkinfer.config import ModelConfig
 from arkinfer.effort import Effort, effort
@@ -269,15 +269,9 @@ class _Sizes:
     def caches(self, kv: str, context: int) -> tuple[int, int]:
         """Return the bytes of keys and values, and those of compressed keys, at ``context`` tokens."""
         capacity = -(-context // BLOCK) * BLOCK
-        keys = compressed = 0
-        for value in cpu.caches(self.config, kv):
-            described = cpu.cache(value, self.config.sparse)
-            spec = CacheSpec(**{**described, "shape": tuple(described["shape"])})
-            if spec.name in ("fine", "coarse"):
-                compressed += spec.nbytes(capacity)
-            else:
-                keys += spec.nbytes(capacity)
-        return keys, compressed
+        sizes = (self.outline or cpu.CpuOutline()).caches(self.config, kv, capacity)
+        compressed = sizes.get("fine", 0) + sizes.get("coarse", 0)
+        return sum(sizes.values()) - compressed, compressed
 
     def workspace(self) -> int:
         """Return the bytes of inner values of a prompt's step: those of one layer together, and a row of logits."""

@@ -79,6 +79,10 @@ class Outline(Protocol):
         """Return the tensors that hold one matrix."""
         ...
 
+    def caches(self, config: ModelConfig, kv: str, capacity: int) -> Mapping[str, int]:
+        """Return the bytes of the state tensors of all layers by name, for ``capacity`` tokens, a multiple of 64."""
+        ...
+
     def native(self, operators: Mapping[str, int]) -> dict[str, int]:
         """Return those of ``operators`` that have a kernel of their own."""
         ...

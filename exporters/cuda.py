@@ -142,7 +142,7 @@ def _facts(model: ModelGraph, options: BuildOptions) -> dict[str, Any]:
             "inverse_frequencies": [value.hex() for value in frequencies],
             "magnitude": float(config.rope.magnitude(config.max_context)).hex(),
         },
-        "sparse": None,  # these plans are dense throughout: cuda_outline refuses the other gear
+        "sparse": outline.gear(cuda_outline.selects(config)),
     }
 
 

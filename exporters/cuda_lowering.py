@@ -28,13 +28,15 @@ from arkinfer.artifact.plan import (
     Schedule,
     Tap,
 )
+from arkinfer.config import SparseConfig
 from arkinfer.errors import InternalError
-from arkinfer.exporters import arena
+from arkinfer.exporters import arena, cuda_outline
 from arkinfer.exporters.base import BuildOptions
 from arkinfer.exporters.cuda_weights import PARTS, Stored
 from arkinfer.exporters.kernels import triton as kernels
 from arkinfer.exporters.kernels.triton.layout import BLOCK
 from arkinfer.exporters.kernels.triton.sampling import STEPS
+from arkinfer.exporters.kernels.triton.select import KEYS, Select
 from arkinfer.graph import ModelGraph, Node, Weight
 
 aten = torch.ops.aten
@@ -55,6 +57,8 @@ class Lowering:
     def __init__(self, model: ModelGraph, options: BuildOptions, levels: tuple[str, ...]) -> None:
         self.model, self.config, self.kv, self.levels = model, model.config, _KV[options.kv], levels
         self.capacity = -(-options.context // BLOCK) * BLOCK
+        # Whatever the default gear, the plan holds both where the kernels can: an artifact can be opened in either.
+        self.sparse = cuda_outline.selects(model.config)
         self.stored: dict[str, Stored] = {}  # parameter name -> origin
         self.buffers: dict[str, Buffer] = {}
         self.kernels: list[Kernel] = []
@@ -359,28 +363,70 @@ class Walk:
             "context": self.shared.capacity,
             "kv": self.shared.kv,
         }
+        sparse, scale = self.shared.sparse, float(node.args[13])
         norms = [part.args[0] for part in (q, k) if part.args[0].target is aten.rms_norm.default]
-        append = {**shape, "norm_eps": float(norms[0].args[3]) if norms else None}
+        append = {
+            **shape,
+            "norm_eps": float(norms[0].args[3]) if norms else None,
+            "nope": sparse is not None and sparse.use_nope,
+        }
         given = {"qkv": self.places[qkv]}
         if norms:
             given |= {"q_norm": self.shared.vector(norms[0].args[2]), "k_norm": self.shared.vector(norms[1].args[2])}
         self._launch("rope_append", append, node.name, given)
-        attend = {**shape, "scale": float(node.args[13])}
+        attend: dict[str, Any] = {**shape, "scale": scale}
         query = {"q": Pointer(f"{node.name}.q")}
+        if sparse is not None:
+            attend |= {"budget": sparse.budget, "block": sparse.block_size}
+            query |= self._select(node, sparse, scale)
         if self.tokens > 1:
-            self.places[node] = self._launch("attention_prefill", attend, node.name, query)
+            self.places[node] = self._launch("attention_prefill", {**attend, "block": BLOCK}, node.name, query)
+            if sparse is not None:  # writes the rows that the dense kernel leaves alone
+                self._launch("attention_sparse", attend, node.name, {**query, "out": self.places[node]})
         else:
-            attend["splits"] = _splits(config.kv_heads, self.shared.capacity)
+            attend["splits"] = _splits(config.kv_heads, self.shared.capacity, 4 * BLOCK)
             self._launch("attention_decode", attend, node.name, query)
             parts = {name: Pointer(f"{node.name}.{name}") for name in ("partial", "lse")}
             self.places[node] = self._launch("attention_combine", attend, node.name, parts)
         self.layer += 1
 
+    def _select(self, node: Node, sparse: SparseConfig, scale: float) -> dict[str, Pointer]:
+        """Launch what updates the compressed keys and chooses every row's blocks; return where these and counts go.
 
-def _splits(kv_heads: int, capacity: int) -> int:
-    """Return into how many parts the keys are split for one row: enough to fill the device, none without work."""
+        Which rows are sparse is known on the device alone: the launches are the same for all.
+        """
+        config, label = self.config, f"{node.name}.select"
+        shape = {"kv_heads": config.kv_heads, "head_dim": config.head_dim, "context": self.shared.capacity}
+        windows = {"kernel_size": sparse.kernel_size, "kernel_stride": sparse.kernel_stride}
+        query = Pointer(f"{node.name}.q_nope" if sparse.use_nope else f"{node.name}.q")
+        keys = {"k": Pointer(f"layers.{self.layer}.nope")} if sparse.use_nope else {}
+        stored = "float16" if sparse.use_nope else self.shared.kv
+        self._launch("compress", {**shape, **windows, "kv": stored}, label, keys)
+        select: dict[str, Any] = {
+            **shape,
+            **windows,
+            "heads": config.heads,
+            "scale": scale,
+            "block_size": sparse.block_size,
+            "init_blocks": sparse.init_blocks,
+            "local_blocks": sparse.local_blocks,
+            "budget": sparse.budget,
+            "local_rule": sparse.local_rule,
+            "lse": sparse.lse,
+        }
+        if self.tokens <= FEW:  # more rows fill the device by themselves
+            select["splits"] = _splits(config.kv_heads, Select(**select).normaliser[2], KEYS)
+        normaliser = Pointer(f"layers.{self.layer}.{'fine' if sparse.lse == 'exact' else 'coarse'}")
+        lse = self._launch("select_lse", select, label, {"q": query, "keys": normaliser})
+        scores = self._launch("select_scores", select, label, {"q": query, "lse": lse})
+        self._launch("select_blocks", select, label, {"scores": scores})
+        return {name: Pointer(f"{label}.{name}") for name in ("blocks", "counts")}
+
+
+def _splits(kv_heads: int, keys: int, least: int) -> int:
+    """Return into how many parts of at least ``least`` the keys are split for few rows: enough to fill the device."""
     splits = 1
-    while splits < 64 and 2 * splits * kv_heads <= SPLITS and 2 * splits * 4 * BLOCK <= capacity:
+    while splits < 64 and 2 * splits * kv_heads <= SPLITS and 2 * splits * least <= keys:
         splits *= 2
     return splits
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from arkinfer.artifact.tensors import TensorSpec
-from arkinfer.config import ModelConfig
+from arkinfer.config import ModelConfig, SparseConfig
 from arkinfer.exporters.base import BuildOptions, StoredMatrix
 from arkinfer.exporters.kernels.triton.kernel import ARCHS
 from arkinfer.exporters.outline import ABSORBED
@@ -13,7 +13,9 @@ from arkinfer.targets import Target
 
 BITS = {"int8": 8, "int4": 4, "int2": 2, "ternary": 2}  # of a code
 CHUNK = 64  # bytes that a row of codes is a multiple of
+ITEM = {"fp32": 4, "fp16": 2, "int8": 1}  # bytes of a cached number
 STEP = 16  # inputs that a group of weights is a multiple of
+LEAST = 16  # keys of a block: what a tensor core takes at once
 
 
 def parameters(weight: StoredMatrix, dtype: str, zeros: bool) -> dict[str, TensorSpec]:
@@ -27,13 +29,55 @@ def parameters(weight: StoredMatrix, dtype: str, zeros: bool) -> dict[str, Tenso
     return {**parts, "zeros": TensorSpec("U8", grouped)} if zeros else parts
 
 
+def unselectable(config: ModelConfig) -> list[str]:
+    """Return why the kernels cannot choose blocks as the model's sparse_config asks; it can still be built dense."""
+    if config.sparse is None:
+        return []
+    block, stride, found = config.sparse.block_size, config.sparse.kernel_stride, []
+    if block < LEAST or not _is_power(block):
+        found.append(f"`block_size` {block} is not a power of two from {LEAST} on")
+    if not _is_power(block // stride):
+        found.append(f"`block_size` / `kernel_stride`, {block} / {stride}, is not a power of two")
+    return [f"sparse attention on CUDA: {reason}; --attention dense" for reason in found]
+
+
+def selects(config: ModelConfig) -> SparseConfig | None:
+    """Return what the sparse gear of a plan follows, or None where the plan has the dense gear alone."""
+    return None if unselectable(config) else config.sparse
+
+
+def caches(config: ModelConfig, kv: str, capacity: int) -> dict[str, int]:
+    """Return the bytes of the state tensors of all layers by name, for ``capacity`` tokens, a multiple of 64."""
+    rows, sparse = config.layers * config.kv_heads, selects(config)
+    half = 2 * rows * config.head_dim  # bytes of one position in float16
+    keys = capacity * half * ITEM[kv] // 2
+    found = {"k": keys, "v": keys}
+    if kv == "int8":
+        found |= dict.fromkeys(("k_scale", "v_scale"), 4 * rows * capacity)
+    if sparse is not None:
+        found["fine"] = half * _kernels(capacity, sparse.kernel_size, sparse.kernel_stride)
+        found["coarse"] = half * _kernels(capacity, sparse.coarse_size, sparse.coarse_stride)
+        if sparse.use_nope:
+            found["nope"] = half * capacity
+    return found
+
+
+def _kernels(capacity: int, size: int, stride: int) -> int:
+    """Return for how many compressed keys there is room: those that the tokens complete, and one at least."""
+    return max(1, (capacity - size) // stride + 1)
+
+
+def _is_power(value: int) -> bool:
+    return value & (value - 1) == 0
+
+
 def reasons(config: ModelConfig, weights: Iterable[StoredMatrix], target: Target, options: BuildOptions) -> list[str]:
     """Return one sentence per obstacle to running a model; empty if there is none."""
     found = [f"no kernels are compiled for {level}" for level in target.arch if level not in ARCHS]
     if options.kv == "fp32":
         found.append("the CUDA kernels keep keys and values as fp16 or int8; --kv fp16")
-    if config.sparse is not None and options.attention != "dense":
-        found.append("sparse attention is not lowered to CUDA yet; --attention dense")
+    if options.attention != "dense":
+        found += unselectable(config)
     for weight in weights:
         width = weight.shape[1]
         if weight.format != "dense" and weight.group and (weight.group % STEP or width % weight.group):
@@ -54,6 +98,10 @@ class CudaOutline:
     def parameters(self, weight: StoredMatrix, dtype: str, zeros: bool, gated: bool) -> Mapping[str, TensorSpec]:
         """Return the tensors that hold one matrix."""
         return parameters(weight, dtype, zeros)
+
+    def caches(self, config: ModelConfig, kv: str, capacity: int) -> Mapping[str, int]:
+        """Return the bytes of the state tensors of all layers by name."""
+        return caches(config, kv, capacity)
 
     def native(self, operators: Mapping[str, int]) -> dict[str, int]:
         """Return those of ``operators`` that have a kernel of their own."""

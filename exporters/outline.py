@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -67,6 +68,13 @@ def cache(value: Value, sparse: SparseConfig | None) -> dict[str, Any]:
     }
 
 
+def _nbytes(value: Value, sparse: SparseConfig | None, capacity: int) -> int:
+    described = cache(value, sparse)
+    places = max(1, -(-(capacity // described["stride"]) // described["pack"]))
+    extents: list[int] = [places if extent == -1 else extent for extent in described["shape"]]
+    return _BYTES[value.dtype] * math.prod(extents)
+
+
 def traffic(config: ModelConfig, kv: str, weights: int) -> dict[str, float]:
     """Return the bytes that a decode step reads: ``weights`` of the linears, and caches for each token of context."""
     sparse, item = config.sparse, _BYTES[KV[kv]]
@@ -106,9 +114,9 @@ class CpuOutline:
         rows, width = weight.shape
         return parameters(pack.Matrix(weight.format, rows, width, weight.group, gated), dtype, zeros)
 
-    def caches(self, config: ModelConfig, kv: str) -> list[dict[str, Any]]:
-        """Return the state tensors, as the backend reads them from the artifact."""
-        return [cache(value, config.sparse) for value in caches(config, kv)]
+    def caches(self, config: ModelConfig, kv: str, capacity: int) -> Mapping[str, int]:
+        """Return the bytes of the state tensors of all layers by name, for ``capacity`` tokens, a multiple of 64."""
+        return {value.name: _nbytes(value, config.sparse, capacity) for value in caches(config, kv)}
 
     def native(self, operators: Mapping[str, int]) -> dict[str, int]:
         """Return those of ``operators`` that have a kernel of their own."""

@@ -29,6 +29,13 @@ def llama(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     return pipeline.build(checkpoints["llama"], target="rtx-4090", out=out, weights="int4", verify="none")
 
 
+@pytest.fixture(scope="session")
+def sparse(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A random MiniCPM with int8 weights whose rows are sparse from dense_len on, verified."""
+    out = tmp_path_factory.mktemp("cuda") / "sparse.ark"
+    return pipeline.build(checkpoints["minicpm"], target="rtx-4090", out=out, weights="int8")
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """The references' sums depend on how many threads add them; one thread makes two executors equal to the bit."""
