@@ -13,7 +13,12 @@ from typing import Any
 from arkinfer.config import ModelConfig
 
 # Operations of int8 products for each of float32 multiply-adds that a level's instructions do in the same time.
-INT8_PER_FLOAT32: Mapping[str, float] = {"x86-64-v4-vnni": 4.0, "x86-64-v3": 4 / 3, "aarch64-dotprod": 4.0}
+INT8_PER_FLOAT32: Mapping[str, float] = {
+    "x86-64-v4-vnni": 4.0,
+    "x86-64-v3": 4 / 3,
+    "aarch64-i8mm": 8.0,
+    "aarch64-dotprod": 4.0,
+}
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 LEVELS: Mapping[str, tuple[str, ...]] = {
     "x86-64-v4-vnni": ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni"),
     "x86-64-v3": ("avx2", "fma", "f16c", "bmi1", "bmi2", "movbe"),
-    "aarch64-dotprod": ("asimd", "asimddp"),
+    "aarch64-i8mm": ("asimd", "asimddp", "fphp", "asimdhp", "i8mm"),
+    "aarch64-dotprod": ("asimd", "asimddp", "fphp", "asimdhp"),
 }
+# The same features as macOS names them in hw.optional.arm.
+_APPLE = {"asimddp": "FEAT_DotProd", "fphp": "FEAT_FP16", "asimdhp": "FEAT_FP16", "i8mm": "FEAT_I8MM"}
 _CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 
 
@@ -57,7 +60,7 @@ def machine() -> Machine:
 def isa_levels() -> tuple[str, ...]:
     """Return the names of the levels that this processor can run, the best first."""
     text = _cpuinfo()
-    return levels_of(frozenset((text.get("flags") or text.get("Features") or "").split()))
+    return levels_of(frozenset((text.get("flags") or text.get("Features") or "").split()) | _apple_features())
 
 
 def levels_of(features: frozenset[str]) -> tuple[str, ...]:
@@ -176,6 +179,21 @@ def _round(read: Any, starts: list[int]) -> float:
     for thread in threads:
         thread.join()
     return max(end for _, end in times) - min(begin for begin, _ in times)
+
+
+@cache
+def _apple_features() -> frozenset[str]:
+    """Return what macOS says of an Apple processor, by the names of /proc/cpuinfo; empty on other systems."""
+    if platform.system() != "Darwin":
+        return frozenset()
+    query = getattr(ctypes.CDLL(None), "sysctlbyname", None)
+    found = {"asimd"}
+    for name, key in _APPLE.items():
+        value, size = ctypes.c_int(0), ctypes.c_size_t(ctypes.sizeof(ctypes.c_int))
+        asked = (f"hw.optional.arm.{key}".encode(), ctypes.byref(value), ctypes.byref(size), None, ctypes.c_size_t(0))
+        if query is not None and query(*asked) == 0 and value.value:
+            found.add(name)
+    return frozenset(found)
 
 
 @cache

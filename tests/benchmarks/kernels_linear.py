@@ -101,7 +101,7 @@ def product(
 ) -> tuple[Callable[[], float], int]:
     """Return a measurement of one product in seconds, and the bytes of its weight; weights rotate for one token."""
     form = "one" if tokens == 1 else "many"
-    function = compiled(builder, isa, form, case.options)["main"]
+    function = compiled(builder, isa.name, form, case.options)["main"]
     packed = sample(case).packed
     size = sum(part.nbytes for part in packed)
     copies = max(2, STREAMED // size) if tokens == 1 else 1

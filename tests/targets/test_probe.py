@@ -27,7 +27,31 @@ def test_levels_by_features() -> None:
     assert probe.levels_of(frozenset(v3)) == ("x86-64-v3",)
     assert probe.levels_of(frozenset(v3 + v4)) == ("x86-64-v4-vnni", "x86-64-v3")
     assert probe.levels_of(frozenset(v3 + v4) - {"avx512_vnni"}) == ("x86-64-v3",)
-    assert probe.levels_of(frozenset({"asimd", "asimddp"})) == ("aarch64-dotprod",)
+    raspberry_pi_5 = (
+        "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp"
+    )
+    assert probe.levels_of(frozenset(raspberry_pi_5.split())) == ("aarch64-dotprod",)
+    assert probe.levels_of(frozenset(f"{raspberry_pi_5} i8mm".split())) == ("aarch64-i8mm", "aarch64-dotprod")
+    raspberry_pi_4 = "fp asimd evtstrm crc32 cpuid"
+    assert probe.levels_of(frozenset(raspberry_pi_4.split())) == ()
+
+
+def test_macos_is_asked_for_the_same_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Library:
+        @staticmethod
+        def sysctlbyname(name: bytes, value: Any, *rest: Any) -> int:
+            if name == b"hw.optional.arm.FEAT_I8MM":  # an M1 has none, and an older macOS does not know the name
+                return -1
+            value._obj.value = 1
+            return 0
+
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(probe.ctypes, "CDLL", lambda name: Library())
+    probe._apple_features.cache_clear()
+    try:
+        assert probe.levels_of(probe._apple_features()) == ("aarch64-dotprod",)
+    finally:
+        probe._apple_features.cache_clear()
 
 
 def test_machine_is_plausible() -> None:

@@ -21,7 +21,7 @@ class Isa:
     name: str
     target: Mapping[str, Any]
     lanes: int
-    product: str  # "vnni", "maddubs" or "sdot"
+    product: str  # "vnni", "maddubs", "sdot" or "usdot"
     tokens_int8: int
     panels_int8: int
     tokens_float: int
@@ -35,12 +35,17 @@ class Isa:
     @property
     def signed_bytes(self) -> bool:
         """Whether 8-bit codes go into ``dot`` as signed: the product has no exact form for unsigned codes over 127."""
-        return self.product != "vnni"
+        return self.product not in ("vnni", "usdot")
 
     @property
     def in_place_masks(self) -> bool:
         """Whether codes may stay at their place in the byte (code << 2p), to be shifted back once in the sum."""
-        return self.product == "vnni"
+        return self.product in ("vnni", "usdot")
+
+    @property
+    def pairs(self) -> bool:
+        """Whether there is an instruction for the product of two rows with two tokens, eight bytes of each."""
+        return self.product == "usdot"
 
     def dot(self, accumulator: str, pairs: Sequence[tuple[str, str]], limit: int) -> str:
         """Return text for ``accumulator + sum of products`` in exact integers.
@@ -54,6 +59,10 @@ class Isa:
         if self.product == "vnni":
             for codes, x in pairs:
                 accumulator = intrinsic(wide, "llvm.x86.avx512.vpdpbusd.512", accumulator, codes, x)
+            return accumulator
+        if self.product == "usdot":
+            for codes, x in pairs:
+                accumulator = intrinsic(wide, "llvm.aarch64.neon.usdot", accumulator, codes, x)
             return accumulator
         if self.product == "sdot":
             for codes, x in pairs:
@@ -83,6 +92,14 @@ class Isa:
             accumulator = add(accumulator, intrinsic(wide, "llvm.x86.avx2.pmadd.wd", total, ones))
         return accumulator
 
+    def dot_pairs(self, accumulator: str, codes: str, x: str) -> str:
+        """Return text for ``accumulator`` + the products of two rows with two tokens.
+
+        codes: uint8x16, eight bytes of each row; x: int8x16, eight bytes of each token. accumulator: int32x4, the first
+        row with both tokens, then the second.
+        """
+        return intrinsic("int32x4", "llvm.aarch64.neon.usmmla", accumulator, codes, x)
+
 
 X86_64_V3 = Isa(
     name="x86-64-v3",
@@ -104,9 +121,10 @@ X86_64_V4_VNNI = Isa(
     tokens_float=6,
     panels_float=2,
 )
+# Cortex-A76 is what the code is scheduled for; of its features only those named by the level are used.
 AARCH64_DOTPROD = Isa(
     name="aarch64-dotprod",
-    target={"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": "cortex-a76", "mattr": ["+dotprod", "+fullfp16"]},
+    target={"kind": "llvm", "mcpu": "cortex-a76", "mattr": ["+dotprod", "+fullfp16"]},
     lanes=4,
     product="sdot",
     tokens_int8=4,
@@ -114,4 +132,14 @@ AARCH64_DOTPROD = Isa(
     tokens_float=3,
     panels_float=1,
 )
-ISAS: Mapping[str, Isa] = {isa.name: isa for isa in (X86_64_V3, X86_64_V4_VNNI, AARCH64_DOTPROD)}
+AARCH64_I8MM = Isa(
+    name="aarch64-i8mm",
+    target={"kind": "llvm", "mcpu": "cortex-a76", "mattr": ["+dotprod", "+fullfp16", "+i8mm"]},
+    lanes=4,
+    product="usdot",
+    tokens_int8=6,
+    panels_int8=1,
+    tokens_float=3,
+    panels_float=1,
+)
+ISAS: Mapping[str, Isa] = {isa.name: isa for isa in (X86_64_V3, X86_64_V4_VNNI, AARCH64_DOTPROD, AARCH64_I8MM)}

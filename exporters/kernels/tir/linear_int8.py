@@ -67,7 +67,8 @@ def linear_int8(
     if bias:
         source.buffer("bias", ("N",), "float32")
     source.buffer("y", (n, "N"), "float32")
-    kernel = _Kernel(source, isa, code_format(format), grouping(format, group, width), scales, zeros)
+    generator = _Paired if isa.pairs and tokens == "many" else _Kernel
+    kernel = generator(source, isa, code_format(format), grouping(format, group, width), scales, zeros)
     parallel_panels(source, isa, tokens, isa.panels_int8, isa.tokens_int8, kernel.tile, bias, gated)
     return source.build()
 
@@ -90,7 +91,11 @@ class _Kernel:
 
     @property
     def step(self) -> int:
-        """Chunks whose products ``dot`` adds together: before they are widened, maddubs has room for several planes."""
+        """Chunks that are multiplied together: maddubs has room for several planes before they are widened, and sdot
+        takes 16 inputs of a token from one register.
+        """
+        if self.isa.product == "sdot":
+            return 4 // self.codes.planes
         return 2 if self.isa.product == "maddubs" and self.codes.planes == 2 else 1
 
     def tile(self, panels: Sequence[str], rows: Sequence[str]) -> list[list[list[str]]]:
@@ -103,17 +108,7 @@ class _Kernel:
         for total in (part for panel in totals for row in panel for part in row):
             source.line(f"{total}[{at}] = {real(0.0, lanes)}")
         with source.loop("segment", "segments"):
-            ways = self._ways(alone)
-            sums: Sums = [
-                [[[source.local("sum", lanes, "int32") for _ in range(ways)] for _ in parts] for _ in rows]
-                for _ in panels
-            ]
-            for p, panel in enumerate(panels):
-                for t, row in enumerate(rows):
-                    for part in parts:
-                        for way, name in enumerate(sums[p][t][part]):
-                            start = integer(0, lanes) if way else self._start(panel, row, part)
-                            source.line(f"{name}[{at}] = {start}")
+            sums = self._open(panels, rows, alone)
             self._chunks(panels, rows, sums, alone)
             ratio = self.groups.per_activation
             group = "segment" if ratio == 1 else f"segment // {ratio}"
@@ -122,11 +117,27 @@ class _Kernel:
                     place = f"{panel}, {self._weight_group()}, {part * lanes}"
                     scale = source.let("scale", load("scales", place, lanes, self.scales))
                     for t, row in enumerate(rows):
-                        dot = cast(f"float32x{lanes}", self._whole(sums[p][t][part], alone))
+                        whole = self._whole(sums[p][t][part], (panel, row, part), t, alone)
+                        dot = cast(f"float32x{lanes}", whole)
                         factor = f"{scale} * {splat(f'xs[{row}, {group}]', lanes)}"
                         total = f"{totals[p][t][part]}[{at}]"
                         source.line(f"{total} = {fma(dot, factor, total, lanes)}")
         return [[[f"{part}[{at}]" for part in row] for row in panel] for panel in totals]
+
+    def _open(self, panels: Sequence[str], rows: Sequence[str], alone: bool) -> Sums:
+        """Declare the sums of a segment and emit what they start from."""
+        source, lanes, parts = self.source, self.isa.lanes, range(self.isa.parts)
+        ways = self._ways(alone)
+        sums: Sums = [
+            [[[source.local("sum", lanes, "int32") for _ in range(ways)] for _ in parts] for _ in rows] for _ in panels
+        ]
+        for p, panel in enumerate(panels):
+            for t, row in enumerate(rows):
+                for part in parts:
+                    for way, name in enumerate(sums[p][t][part]):
+                        start = integer(0, lanes) if way else self._start(panel, row, part)
+                        source.line(f"{name}[{ramp('0', lanes)}] = {start}")
+        return sums
 
     def _weight_group(self) -> str:
         if not self.groups.per_weight:
@@ -152,8 +163,8 @@ class _Kernel:
         common = self.codes.zero - shift
         return splat(f"{negative} * {common}", lanes) if common else integer(0, lanes)
 
-    def _whole(self, sums: Sequence[str], alone: bool) -> str:
-        """Return the sum of the partial sums, each shifted back to its place."""
+    def _whole(self, sums: Sequence[str], place: tuple[str, str, int], token: int, alone: bool) -> str:
+        """Return the sum of the partial sums of a (panel, row, part), each shifted back to its place."""
         lanes, at = self.isa.lanes, ramp("0", self.isa.lanes)
         terms = [f"{name}[{at}]" for name in sums]
         if alone and self.isa.in_place_masks:
@@ -203,11 +214,7 @@ class _Kernel:
             for part in parts
         }
         for t, row in enumerate(rows):
-            inputs = [
-                source.let("x", self._activations(row, f"({chunk}) * {4 * planes} + {4 * plane}"))
-                for chunk in chunks
-                for plane in range(planes)
-            ]
+            inputs = self._activations(row, [f"({c}) * {4 * planes} + {4 * p}" for c in chunks for p in range(planes)])
             for p in range(len(panels)):
                 for part in parts:
                     names = sums[p][t][part]
@@ -219,10 +226,20 @@ class _Kernel:
                         name = f"{names[place % len(names)]}[{at}]"
                         source.line(f"{name} = {self.isa.dot(name, some, self.codes.limit)}")
 
-    def _activations(self, row: str, k: str) -> str:
-        """Return four activations from ``k`` on, repeated for every row of a register."""
-        four = bits("int32", f"xq[{row}, {ramp(k, 4)}]")
-        return bits(f"int8x{4 * self.isa.lanes}", splat(four, self.isa.lanes))
+    def _activations(self, row: str, places: Sequence[str]) -> list[str]:
+        """Emit four activations from each of the ``places``, repeated for every row of a register; return their names.
+
+        The places follow each other. Where the product takes one lane of a register for all rows, four are one load.
+        """
+        source, found = self.source, []
+        if self.isa.product == "sdot":
+            while len(places) - len(found) >= 4:
+                x = source.let("x", bits("int32x4", f"xq[{row}, {ramp(places[len(found)], 16)}]"))
+                found += [bits("int8x16", f"T.Shuffle([{x}], {[lane] * 4})") for lane in range(4)]
+        for k in places[len(found) :]:
+            four = bits("int32", f"xq[{row}, {ramp(k, 4)}]")
+            found.append(source.let("x", bits(f"int8x{4 * self.isa.lanes}", splat(four, self.isa.lanes))))
+        return found
 
     def _planes(self, w: str, alone: bool) -> list[str]:
         """Return the codes of each plane of the bytes ``w``."""
@@ -241,3 +258,67 @@ class _Kernel:
                 source = bits(f"uint8x{size}", half)
             result.append(f"T.bitwise_and({source}, {splat(f'T.uint8({place})', size)})")
         return result
+
+
+@dataclass(frozen=True)
+class _Paired(_Kernel):
+    """The generator for many tokens where one instruction multiplies two rows with two tokens, eight inputs of each.
+
+    The sums of tokens 2i and 2i + 1 with a part, four rows, lie together: [row 0 with both tokens, row 1 with both],
+    then the same of rows 2 and 3. They are taken apart after each segment.
+    """
+
+    @property
+    def step(self) -> int:
+        return 2 if self.codes.planes == 1 else 1  # chunks that hold eight inputs of a row
+
+    def _open(self, panels: Sequence[str], rows: Sequence[str], alone: bool) -> Sums:
+        found: Sums = []
+        for _ in panels:
+            pairs = [
+                [[self.source.local("sum", 4, "int32") for _ in range(2)] for _ in range(self.isa.parts)]
+                for _ in range((len(rows) + 1) // 2)
+            ]
+            for name in (name for pair in pairs for part in pair for name in part):
+                self.source.line(f"{name}[{ramp('0', 4)}] = {integer(0, 4)}")
+            found.append([pairs[t // 2] for t in range(len(rows))])
+        return found
+
+    def _whole(self, sums: Sequence[str], place: tuple[str, str, int], token: int, alone: bool) -> str:
+        low, high = (f"{name}[{ramp('0', 4)}]" for name in sums)
+        return add(f"T.Shuffle([{low}, {high}], {[lane + token % 2 for lane in (0, 2, 4, 6)]})", self._start(*place))
+
+    def _step(
+        self, chunks: Sequence[str], number: int, panels: Sequence[str], rows: Sequence[str], sums: Sums, alone: bool
+    ) -> None:
+        source, planes = self.source, self.codes.planes
+        places = [f"({chunk}) * {4 * planes} + {4 * plane}" for chunk in chunks for plane in range(planes)]
+        codes = {
+            (p, part): [
+                bits("int32x4", source.let("codes", plane))
+                for chunk in chunks
+                for plane in self._planes(source.let("w", panel_bytes(panel, chunk, part, 4)), alone)
+            ]
+            for p, panel in enumerate(panels)
+            for part in range(self.isa.parts)
+        }
+        for first in range(0, len(places), 2):
+            lone = first + 1 == len(places)  # four inputs are left: zeros follow those of the weight
+            inputs = [
+                self._tokens(rows[t], rows[min(t + 1, len(rows) - 1)], places[first], lone)
+                for t in range(0, len(rows), 2)
+            ]
+            for (p, part), quads in codes.items():
+                pair = f"{quads[first]}, {integer(0, 4) if lone else quads[first + 1]}"
+                for half, lanes in enumerate(([0, 4, 1, 5], [2, 6, 3, 7])):
+                    both = source.let("both", bits("uint8x16", f"T.Shuffle([{pair}], {lanes})"))
+                    for t, x in enumerate(inputs):
+                        name = f"{sums[p][2 * t][part][half]}[{ramp('0', 4)}]"
+                        source.line(f"{name} = {self.isa.dot_pairs(name, both, x)}")
+
+    def _tokens(self, first: str, second: str, k: str, lone: bool) -> str:
+        """Emit eight activations of two tokens, or four of each twice, and return their name."""
+        count = 4 if lone else 8
+        loaded = [bits("int32" if lone else "int32x2", f"xq[{row}, {ramp(k, count)}]") for row in (first, second)]
+        halves = [splat(value, 2) if lone else value for value in loaded]
+        return self.source.let("x", bits("int8x16", f"T.Shuffle([{', '.join(halves)}], [0, 1, 2, 3])"))

@@ -18,7 +18,7 @@ def chains(isa: Isa) -> int:
 
 def operations(isa: Isa, whole: bool) -> int:
     """Return the multiplications and additions of one work item."""
-    return 2 * ROUNDS * chains(isa) * isa.lanes * (4 if whole else 1)
+    return 2 * ROUNDS * chains(isa) * isa.lanes * ((8 if isa.pairs else 4) if whole else 1)
 
 
 def peak(isa: Isa, tokens: str, *, whole: bool) -> Any:
@@ -42,7 +42,8 @@ def peak(isa: Isa, tokens: str, *, whole: bool) -> Any:
                 other = f"x[{ramp(str(number % SOURCES * step), step)}]"
                 if whole:
                     codes = f'T.bitwise_and(T.reinterpret("uint8x{step}", {other}), T.Broadcast(T.uint8(3), {step}))'
-                    source.line(f"{held} = {isa.dot(held, [(codes, vector)], 3)}")
+                    product = isa.dot_pairs(held, codes, vector) if isa.pairs else isa.dot(held, [(codes, vector)], 3)
+                    source.line(f"{held} = {product}")
                 else:
                     source.line(f"{held} = {fma(other, vector, held, isa.lanes)}")
         for number, name in enumerate(sums):

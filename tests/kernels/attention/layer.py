@@ -16,8 +16,10 @@ from arkinfer.exporters.kernels import tir
 from arkinfer.exporters.kernels.tir.isa import ISAS
 from arkinfer.ops.attention import LayerCache
 from arkinfer.targets.probe import isa_levels
+from tests.kernels.emulated import runner as emulated
 
 RUNNABLE = [name for name in ISAS if name in isa_levels()]
+EMULATED = emulated.LEVELS
 NEVER = 2**62  # a dense_len that no position reaches
 CAPACITY = 1280
 
@@ -75,8 +77,10 @@ class Shape:
 
 @cache
 def compiled(shape: Shape, kernel: str, tokens: str, isa: str) -> Any:
-    """Return the callable of one kernel."""
+    """Return the callable of one kernel, or the program that the emulator runs."""
     function = tir.build(kernel, ISAS[isa], tokens, shape.options(kernel)).with_attr("global_symbol", "main")
+    if isa in EMULATED:
+        return emulated.build(function, ISAS[isa])
     module = tvm.IRModule({"main": function})
     # The pass finds nothing to compact here and takes a fifth of the time.
     with tvm.transform.PassContext(disabled_pass=["s_tir.CompactBufferAllocation"]):
@@ -122,9 +126,16 @@ class Layer:
         self.q_nope: np.ndarray | None = None
 
     def _run(self, kernel: str, tokens: str, *arguments: Any) -> None:
-        copies = [argument if np.isscalar(argument) else self._tensor(argument) for argument in arguments]
         if kernel == "select":
             tokens = "many"  # one kernel serves both
+        if self.isa in EMULATED:
+            tensors = [argument for argument in arguments if not np.isscalar(argument)]
+            program = compiled(self.shape, kernel, tokens, self.isa)
+            for tensor, result in zip(tensors, emulated.call(program, self.isa, arguments), strict=True):
+                if tensor.flags.writeable:
+                    tensor[...] = result
+            return
+        copies = [argument if np.isscalar(argument) else self._tensor(argument) for argument in arguments]
         compiled(self.shape, kernel, tokens, self.isa)(*copies)
 
     @staticmethod

@@ -11,7 +11,7 @@ import torch
 from arkinfer.config import SparseConfig
 from arkinfer.ops import infllm
 from arkinfer.ops.attention import LayerCache, quantise_rows
-from tests.kernels.attention.layer import RUNNABLE, TINY, WIDE, Layer, Shape, projections, rotation
+from tests.kernels.attention.layer import EMULATED, RUNNABLE, TINY, WIDE, Layer, Shape, projections, rotation
 
 CHUNKS = (15, 1, 1, 15, 1, 14, 1, 1, 14, 1, 1, 62, 1, 2, 3, 17, 65, 1)
 """Chunks that begin and end on both sides of every boundary: panels, blocks, dense_len."""
@@ -74,9 +74,13 @@ def check_blocks(shape: Shape, layer: Layer, cache: LayerCache, start: int, dens
         assert max(edge) - min(edge) <= 1e-4 * max(edge), (start + dense + row, head)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_stage_is_that_of_the_reference(shape: Shape) -> None:
-    layer = Layer(shape, RUNNABLE[0], small_forms=False)
+@pytest.mark.parametrize(
+    ("isa", "shape"),
+    [(RUNNABLE[0], shape) for shape in SHAPES] + [(EMULATED[0], SHAPES[i]) for i in (1, 3, 8)],
+    ids=str,
+)
+def test_every_stage_is_that_of_the_reference(isa: str, shape: Shape) -> None:
+    layer = Layer(shape, isa, small_forms=False)
     # A configuration with the published sizes needs a longer context to become sparse.
     chunks = CHUNKS if shape.sparse is not WIDE else (255, 44, 1, 1, 19, 1, 61, 64, 130, 1)
     qkv = projections(shape, sum(chunks))

@@ -1,4 +1,4 @@
-"""Compile kernels in process and run them on numpy arrays."""
+"""Compile kernels and run them on numpy arrays: in process, or under qemu where this machine lacks their level."""
 
 from __future__ import annotations
 
@@ -11,41 +11,31 @@ from typing import Any
 import numpy as np
 import tvm
 
-from arkinfer.exporters.kernels.tir.isa import AARCH64_DOTPROD, ISAS, Isa
-from arkinfer.exporters.kernels.tir.source import add, bits, integer
+from arkinfer.exporters.kernels.tir.isa import ISAS
 from arkinfer.targets.probe import isa_levels
+from tests.kernels.emulated import runner as emulated
 
 # Read when the pool starts: threads that spin for work slow each other down where tests share few cores.
 os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "0")
 
 RUNNABLE = [name for name in ISAS if name in isa_levels()]
-
-
-class _Arithmetic(Isa):
-    """A level of 4 lanes whose dot product is spelled out: what kernels do around that of aarch64, run anywhere."""
-
-    def dot(self, accumulator: str, pairs: Sequence[tuple[str, str]], limit: int) -> str:
-        def signed(value: str, place: int) -> str:
-            moved = f"T.shift_left({bits('int32x4', value)}, {integer(24 - 8 * place, 4)})"
-            return f"T.shift_right({moved}, {integer(24, 4)})"
-
-        products = [f"{signed(codes, place)} * {signed(x, place)}" for codes, x in pairs for place in range(4)]
-        return add(accumulator, *products)
-
-
-EMULATED = "aarch64-arithmetic"
-_LEVELS = {**ISAS, EMULATED: _Arithmetic(**{**vars(AARCH64_DOTPROD), "name": EMULATED, "target": {"kind": "llvm"}})}
+EMULATED = emulated.LEVELS  # run by qemu, and compiled there: a handful of cases each
 
 
 @functools.cache
 def _compiled(builder: Callable[..., Any], isa: str, tokens: str, options: str) -> Any:
-    kernel = builder(_LEVELS[isa], tokens, **json.loads(options)).with_attr("global_symbol", "main")
-    return tvm.compile(tvm.IRModule({"main": kernel}), target=tvm.target.Target(dict(_LEVELS[isa].target)))
+    kernel = builder(ISAS[isa], tokens, **json.loads(options)).with_attr("global_symbol", "main")
+    if isa in EMULATED:
+        return emulated.build(kernel, ISAS[isa])
+    return tvm.compile(tvm.IRModule({"main": kernel}), target=tvm.target.Target(dict(ISAS[isa].target)))
 
 
-def compiled(builder: Callable[..., Any], isa: Isa, tokens: str, options: Mapping[str, Any]) -> Any:
-    """Return the compiled module of ``builder(isa, tokens, **options)``, its function named main."""
-    return _compiled(builder, isa.name, tokens, json.dumps(options, sort_keys=True))
+def compiled(builder: Callable[..., Any], isa: str, tokens: str, options: Mapping[str, Any]) -> Any:
+    """Return the compiled module of ``builder(isa, tokens, **options)``, its function named main.
+
+    For levels that are emulated: the program that calls it.
+    """
+    return _compiled(builder, isa, tokens, json.dumps(options, sort_keys=True))
 
 
 def aligned(array: np.ndarray) -> Any:
@@ -64,6 +54,10 @@ def run(
     outputs: Sequence[tuple[tuple[int, ...], str]],
 ) -> list[np.ndarray]:
     """Run a kernel and return its outputs, which start out as garbage."""
-    made = [aligned(np.full(shape, 77, dtype)) for shape, dtype in outputs]
-    compiled(builder, _LEVELS[isa], tokens, options)["main"](*map(aligned, inputs), *made)
-    return [tensor.numpy() for tensor in made]
+    garbage = [np.full(shape, 77, dtype) for shape, dtype in outputs]
+    made = compiled(builder, isa, tokens, options)
+    if isa in EMULATED:
+        return emulated.call(made, isa, [*inputs, *garbage])[len(inputs) :]
+    tensors = [aligned(array) for array in garbage]
+    made["main"](*map(aligned, inputs), *tensors)
+    return [tensor.numpy() for tensor in tensors]

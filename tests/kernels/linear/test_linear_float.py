@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from arkinfer.exporters.kernels.tir import pack
-from arkinfer.exporters.kernels.tir.isa import AARCH64_DOTPROD
 from arkinfer.exporters.kernels.tir.linear_float import linear_float
-from tests.kernels.linear.kernel_runner import RUNNABLE, compiled, run
+from tests.kernels.linear.kernel_runner import EMULATED, RUNNABLE, run
 from tests.kernels.linear.samples import Case, sample, stored_floats
 
 PACKED = [
@@ -53,8 +52,11 @@ def check(isa: str, options: dict[str, object], packed: list[np.ndarray], wanted
         np.testing.assert_array_equal(few, y[:count])
 
 
-@pytest.mark.parametrize("case", PACKED, ids=str)
-@pytest.mark.parametrize("isa", RUNNABLE)
+@pytest.mark.parametrize(
+    ("isa", "case"),
+    [(isa, case) for isa in RUNNABLE for case in PACKED] + [(EMULATED[0], PACKED[i]) for i in (0, 2, 3, 7)],
+    ids=str,
+)
 def test_packed_weights(isa: str, case: Case) -> None:
     weight, x = sample(case), inputs(17, case.width)
     wanted = x.astype(np.float64) @ weight.dequantised().T + (weight.bias if case.bias else 0)
@@ -62,7 +64,7 @@ def test_packed_weights(isa: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "width", "rows", "bias", "gated"), DENSE)
-@pytest.mark.parametrize("isa", RUNNABLE)
+@pytest.mark.parametrize("isa", [*RUNNABLE, EMULATED[0]])
 def test_dense_weights(isa: str, dtype: str, width: int, rows: int, bias: bool, gated: bool) -> None:
     stored, exact = stored_floats(np.random.default_rng(3).standard_normal((rows, width)), dtype)
     matrix = pack.Matrix("dense", rows, width, gated=gated)
@@ -73,9 +75,3 @@ def test_dense_weights(isa: str, dtype: str, width: int, rows: int, bias: bool, 
     wanted = x.astype(np.float64) @ exact.T + (added if bias else 0)
     options: dict[str, object] = {"format": "dense", "dtype": dtype, "bias": bias, "gated": gated}
     check(isa, options, packed, swiglu(wanted) if gated else wanted, x)
-
-
-@pytest.mark.parametrize("form", ["one", "many"])
-def test_aarch64_compiles(form: str) -> None:
-    assembly = compiled(linear_float, AARCH64_DOTPROD, form, PACKED[0].options).mod.inspect_source("s")
-    assert "fmla" in assembly

@@ -20,12 +20,15 @@ from arkinfer.exporters.kernels.tir.elementwise import (
 from arkinfer.exporters.kernels.tir.norm import add_rms_norm, rms_norm
 from arkinfer.exporters.kernels.tir.quantize import quantize, swiglu_quantize
 from arkinfer.ops.linear import quantise_activations
-from tests.kernels.linear.kernel_runner import RUNNABLE, run
+from tests.kernels.linear.kernel_runner import EMULATED, RUNNABLE, run
 
 SHAPES = [("ternary", 64, 192), ("ternary", 24, 72), ("int4", 8, 64), ("ternary", 0, 50), ("int4", 256, 1024)]
 
-isas = pytest.mark.parametrize("isa", RUNNABLE)
-shapes = pytest.mark.parametrize(("format", "group", "width"), SHAPES)
+isas = pytest.mark.parametrize("isa", [*RUNNABLE, EMULATED[0]])
+shapes = pytest.mark.parametrize(
+    ("isa", "format", "group", "width"),
+    [(isa, *shape) for isa in RUNNABLE for shape in SHAPES] + [(EMULATED[0], *shape) for shape in SHAPES[1:4:2]],
+)
 forms = pytest.mark.parametrize("form", ["one", "many"])
 
 
@@ -52,7 +55,6 @@ def check(groups: layout.Grouping, x: np.ndarray, got: list[np.ndarray]) -> None
     np.testing.assert_array_equal(got[2], segments.sum(axis=2))
 
 
-@isas
 @shapes
 @forms
 def test_quantize(isa: str, format: str, group: int, width: int, form: str) -> None:
@@ -66,7 +68,6 @@ def test_quantize(isa: str, format: str, group: int, width: int, form: str) -> N
     check(groups, x[:, order], gathered)
 
 
-@isas
 @shapes
 def test_swiglu(isa: str, format: str, group: int, width: int) -> None:
     groups, x = layout.grouping(format, group, width), random(5, 2 * width)
@@ -77,7 +78,6 @@ def test_swiglu(isa: str, format: str, group: int, width: int) -> None:
     check(groups, y, fused)
 
 
-@isas
 @shapes
 @forms
 def test_norms(isa: str, format: str, group: int, width: int, form: str) -> None:
