@@ -27,9 +27,7 @@ def test_levels_by_features() -> None:
     assert probe.levels_of(frozenset(v3)) == ("x86-64-v3",)
     assert probe.levels_of(frozenset(v3 + v4)) == ("x86-64-v4-vnni", "x86-64-v3")
     assert probe.levels_of(frozenset(v3 + v4) - {"avx512_vnni"}) == ("x86-64-v3",)
-    raspberry_pi_5 = (
-        "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp"
-    )
+    raspberry_pi_5 = "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc asimddp"
     assert probe.levels_of(frozenset(raspberry_pi_5.split())) == ("aarch64-dotprod",)
     assert probe.levels_of(frozenset(f"{raspberry_pi_5} i8mm".split())) == ("aarch64-i8mm", "aarch64-dotprod")
     raspberry_pi_4 = "fp asimd evtstrm crc32 cpuid"

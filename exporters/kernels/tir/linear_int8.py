@@ -231,7 +231,8 @@ class _Kernel:
 
         The places follow each other. Where the product takes one lane of a register for all rows, four are one load.
         """
-        source, found = self.source, []
+        source = self.source
+        found: list[str] = []
         if self.isa.product == "sdot":
             while len(places) - len(found) >= 4:
                 x = source.let("x", bits("int32x4", f"xq[{row}, {ramp(places[len(found)], 16)}]"))
