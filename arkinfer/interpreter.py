@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from arkinfer.artifact import Artifact, tensors
-from arkinfer.artifact.plan import NEVER, Buffer, Launch, Piece, Plan, Schedule
+from arkinfer.artifact.plan import NEVER, Buffer, Launch, Piece, Plan, Schedule, whole_blocks
 from arkinfer.backends import control
 from arkinfer.backends.base import Draw, Executor, Rows, State, truncated
 from arkinfer.backends.gears import gear
@@ -33,11 +33,11 @@ DTYPES = {
 
 
 class PlanState(State):
-    """The caches of one sequence, as bytes by buffer name."""
+    """The caches of one sequence, as bytes by buffer name; there is room for ``held`` tokens."""
 
-    def __init__(self, buffers: Sequence[Buffer], capacity: int) -> None:
-        self.length, self.capacity = 0, capacity
-        self.memory = {buffer.name: _poisoned(buffer.nbytes({})) for buffer in buffers}
+    def __init__(self, buffers: Sequence[Buffer], capacity: int, held: int) -> None:
+        self.length, self.capacity, self.held = 0, capacity, held
+        self.memory = {buffer.name: _poisoned(buffer.nbytes({"c": held})) for buffer in buffers}
 
     def truncate(self, length: int) -> None:
         """Forget every token from ``length`` on."""
@@ -45,7 +45,7 @@ class PlanState(State):
 
     def fork(self) -> PlanState:
         """Return an independent copy."""
-        twin = PlanState((), self.capacity)
+        twin = PlanState((), self.capacity, self.held)
         twin.length = self.length
         twin.memory = {name: memory.clone() for name, memory in self.memory.items()}
         return twin
@@ -77,15 +77,16 @@ class PlanInterpreter(Executor):
         for kind in ("control", "input", "output"):
             self._fixed |= {buffer.name: _poisoned(buffer.nbytes({})) for buffer in plan.of_kind(kind)}
         frequencies = np.array([float.fromhex(value) for value in facts["rope"]["inverse_frequencies"]], np.float32)
-        cos, sin = tables(frequencies, float.fromhex(facts["rope"]["magnitude"]), 0, int(facts["capacity"]))
+        cos, sin = tables(frequencies, float.fromhex(facts["rope"]["magnitude"]), 0, plan.capacity)
         self._fixed["cos"], self._fixed["sin"] = _bytes(torch.from_numpy(cos)), _bytes(torch.from_numpy(sin))
         self._arena = torch.empty(plan.arena, dtype=torch.uint8)
         self._traced: dict[str, np.ndarray] = {}
         self._ready: tuple[int, int, Draw] | None = None  # position, token and draw of the next step, as memory has it
 
     def new_state(self, capacity: int | None = None) -> PlanState:
-        """Reserve caches; the kernels are compiled for the artifact's whole context, so it takes that much memory."""
-        return PlanState(self.plan.of_kind("cache"), min(capacity or self.max_context, self.max_context))
+        """Reserve caches for ``capacity`` tokens, in whole attention blocks."""
+        capacity = min(capacity or self.max_context, self.max_context)
+        return PlanState(self.plan.of_kind("cache"), capacity, whole_blocks(capacity))
 
     def step(self, tokens: Sequence[int], state: State, logits: Rows = "last") -> np.ndarray:
         """Append ``tokens`` to ``state`` and return float32 logits (rows, vocab): the last row's, all, or none."""
@@ -104,7 +105,7 @@ class PlanInterpreter(Executor):
         ids = self.check(tokens, state)
         length = state.length + len(ids)
         if not draw.greedy:
-            start, numbers = control.numbers(draw, length, int(self.plan.facts["capacity"]))
+            start, numbers = control.numbers(draw, length, self.plan.capacity)
             self._write("random", numbers, start)
         ready = len(ids) == 1 and self._ready == (state.length, int(ids[0]), draw)
         for piece in self.plan.pieces(len(ids), "last"):
@@ -116,7 +117,7 @@ class PlanInterpreter(Executor):
         self._arena.fill_(_POISON)
         memory = self._memory(choice, state)
         for launch in choice.launches:
-            self._launch(launch, memory, {"n": 1, "r": 1})
+            self._launch(launch, memory, {"n": 1, "r": 1, "c": 0})
         token = control.chosen(int(self._fixed["token"].view(torch.int32)[0]), self.vocab_size)
         self._ready = length, token, draw
         return token
@@ -166,7 +167,8 @@ class PlanInterpreter(Executor):
             self._ready = None
             self._write("control", control.values(state.length, self._dense_len, len(ids)))
             self._write("tokens", ids)
-        sizes = {"n": len(ids), "r": 0}
+        assert isinstance(state, PlanState)
+        sizes = {"n": len(ids), "r": 0, "c": state.held}
         memory = self._memory(schedule, state)
         taps = {tap.after: tap for tap in schedule.taps}
         for index, launch in enumerate(schedule.launches[: schedule.head]):

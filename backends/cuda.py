@@ -1,8 +1,8 @@
 """The cuda backend: a plan of launches on one NVIDIA GPU, weights uploaded once, decoding as one CUDA graph a token.
 
 Only numpy, cuda-bindings and the driver are loaded. All memory is reserved when the artifact is opened: weights, the
-caches of one sequence, workspace. The kernels are compiled for the artifact's whole context, so every further sequence
-takes the same again; the caches of a state that is no longer used are kept for the next.
+caches of one sequence of the whole context, workspace. Further sequences take memory for the tokens that they ask for,
+in whole attention blocks; caches that no state uses any more serve the next one that they are large enough for.
 """
 
 from __future__ import annotations
@@ -17,26 +17,25 @@ from typing import Any
 import numpy as np
 
 from arkinfer.artifact import Artifact
-from arkinfer.artifact.plan import NEVER, Extent, Kernel, Launch, Plan, Schedule, evaluate
-from arkinfer.artifact.tensors import load as load_tensors
+from arkinfer.artifact.plan import BLOCK, NEVER, Extent, Kernel, Launch, Plan, Schedule, evaluate, whole_blocks
 from arkinfer.backends import control
 from arkinfer.backends.base import Draw, Executor, Rows, State, truncated
 from arkinfer.backends.cuda_driver import Driver, places, present_gpu
 from arkinfer.backends.gears import decode_bytes, gear
 from arkinfer.backends.rotation import tables
+from arkinfer.backends.upload import upload
 from arkinfer.errors import ArtifactError, UnsupportedError
 from arkinfer.targets.probe import Gpu
 
 PLAN = "payload/plan.json"
-PIECE = 64 << 20  # bytes of weights uploaded at a time
 COPIED, COPIES = 256 << 20, 8  # bytes, far more than a cache holds, and times that they are copied for one measurement
-BLOCK = 64  # contexts are whole attention blocks
 
 
-@dataclass
+@dataclass(eq=False)
 class Slot:
-    """The caches of one sequence on the device: addresses by buffer name, and the decode graphs that use them."""
+    """Caches of ``held`` tokens on the device: addresses by buffer name, and the decode graphs that use them."""
 
+    held: int
     block: int
     addresses: Mapping[str, int]
     graphs: dict[str, Any] = field(default_factory=dict)
@@ -58,7 +57,7 @@ class CudaState(State):
 
     def __init__(self, executor: CudaExecutor, capacity: int) -> None:
         self.executor, self.capacity, self.length = executor, capacity, 0
-        self.slot = executor.take_slot()
+        self.slot = executor.take_slot(whole_blocks(capacity))
         # A state that nobody holds any more gives its caches back, whatever thread collects it.
         weakref.finalize(self, executor.idle.append, self.slot).atexit = False
 
@@ -69,7 +68,7 @@ class CudaState(State):
     def fork(self) -> CudaState:
         """Return an independent copy, made on the device."""
         twin = CudaState(self.executor, self.capacity)
-        self.executor.copy_slot(twin.slot, self.slot)
+        self.executor.copy_slot(twin.slot, self.slot, self.length)
         twin.length = self.length
         return twin
 
@@ -88,6 +87,7 @@ class CudaExecutor(Executor):
         gpu = present_gpu(plan.levels, str(artifact.manifest.target.get("name")))
         level, translated = _level(artifact, plan, gpu)
         self.isa = f"{gpu.level}, translated from {level}" if translated else level
+        self._slots: list[Slot] = []
         self.driver = Driver()
         # What the device's memory holds: position, token and draw of the next step, and whose random numbers.
         self._ready: tuple[int, int, Draw] | None = None
@@ -114,57 +114,94 @@ class CudaExecutor(Executor):
             b.name: b.nbytes({}) for kind in ("control", "input", "output", "parameter") for b in plan.of_kind(kind)
         }
         offsets, size = places({**fixed, "arena": plan.arena})
-        self._cache_offsets, self._cache_size = places({b.name: b.nbytes({}) for b in plan.of_kind("cache")})
-        self._fit(size)
+        self._fit(size, plan.capacity, "arkinfer build MODEL --context {}", "arkinfer build MODEL --weights int4")
         block = driver.allocate(size)
         self._addresses = {name: block + offset for name, offset in offsets.items()}
-        self.idle = [self._new_slot()]
-        arrays = load_tensors(artifact.file(plan.facts["weights"]), ArtifactError, "ARK-E511")
-        for buffer in plan.of_kind("parameter"):
-            data = arrays.pop(buffer.name).reshape(-1).view(np.uint8)
-            for start in range(0, data.size, PIECE):
-                driver.upload(self._addresses[buffer.name] + start, data[start : start + PIECE])
+        self.idle = [self._new_slot(plan.capacity)]
+        sizes = {buffer.name: buffer.nbytes({}) for buffer in plan.of_kind("parameter")}
+
+        def put(name: str, start: int, piece: np.ndarray) -> None:
+            driver.upload(self._addresses[name] + start, piece)
+
+        upload(artifact.file(plan.facts["weights"]), sizes, put, drop=driver.integrated)
         rope = plan.facts["rope"]
         frequencies = np.array([float.fromhex(value) for value in rope["inverse_frequencies"]], np.float32)
-        rotation = tables(frequencies, float.fromhex(rope["magnitude"]), 0, int(plan.facts["capacity"]))
+        rotation = tables(frequencies, float.fromhex(rope["magnitude"]), 0, plan.capacity)
         for name, table in zip(("cos", "sin"), rotation, strict=True):
             driver.upload(self._addresses[name], table)
 
-    def _fit(self, fixed: int) -> None:
+    def _fit(self, fixed: int, held: int, shorter: str, other: str) -> None:
+        """Raise UnsupportedError where ``fixed`` bytes and caches of ``held`` tokens do not fit.
+
+        Its hint is ``shorter`` with the tokens that would, or ``other`` where none do.
+        """
         free = self.driver.free_memory()
-        needed = fixed + self._cache_size
+        needed = fixed + self._cache_places(held)[1]
         if needed <= free:
             return
-        capacity = int(self.plan.facts["capacity"])
-        largest = max(0, free - fixed) * capacity // max(1, self._cache_size) // BLOCK * BLOCK
+        largest = held
+        while largest and fixed + self._cache_places(largest)[1] > free:
+            largest -= BLOCK
+        shared = {"memory": "shared with the system: what /proc/meminfo calls available"}
         raise UnsupportedError(
-            "the GPU has too little free memory for this artifact",
+            "the GPU has too little free memory for this artifact"
+            if fixed
+            else "the GPU has no room for this sequence",
             facts={
                 "needed": f"{needed:,} bytes",
                 "free": f"{free:,} bytes",
-                "context": f"{self.max_context:,} tokens",
-                "context that would fit": f"{largest:,} tokens" if largest else "none: the weights alone are too large",
+                "context": f"{min(held, self.max_context):,} tokens",
+                "context that would fit": f"{largest:,} tokens" if largest else "none",
+                **(shared if self.driver.integrated else {}),
             },
-            hint=f"arkinfer build MODEL --context {largest}" if largest else "arkinfer build MODEL --weights int4",
+            hint=shorter.format(largest) if largest else other,
             code="ARK-E343",
         )
 
-    def _new_slot(self) -> Slot:
-        block = self.driver.allocate(self._cache_size)
-        return Slot(block, {name: block + offset for name, offset in self._cache_offsets.items()})
+    def _cache_places(self, held: int) -> tuple[dict[str, int], int]:
+        """Return where the caches of ``held`` tokens lie in one block, and its bytes."""
+        return places({buffer.name: buffer.nbytes({"c": held}) for buffer in self.plan.of_kind("cache")})
 
-    def take_slot(self) -> Slot:
-        """Return caches that no state uses, new ones if there are none."""
-        self.driver.current()
-        return self.idle.pop() if self.idle else self._new_slot()
+    def _new_slot(self, held: int) -> Slot:
+        offsets, size = self._cache_places(held)
+        block = self.driver.allocate(size)
+        self._slots.append(Slot(held, block, {name: block + offset for name, offset in offsets.items()}))
+        return self._slots[-1]
 
-    def copy_slot(self, target: Slot, source: Slot) -> None:
-        """Copy all caches of a sequence."""
+    def take_slot(self, held: int) -> Slot:
+        """Return the smallest caches of at least ``held`` tokens that no state uses; new ones if there are none.
+
+        New ones take the place of those that are idle, which are too small.
+        """
         self.driver.current()
-        self.driver.copy(target.block, source.block, self._cache_size)
+        idle = sorted(self.idle, key=lambda slot: slot.held)  # finalisers may append meanwhile
+        large = next((slot for slot in idle if slot.held >= held), None)
+        for slot in [large] if large is not None else idle:
+            self.idle.remove(slot)
+            if slot is not large:
+                self._drop(slot)
+        if large is not None:
+            return large
+        self._fit(0, held, "ask for at most {} tokens: engine.session(capacity=...)", "close other sessions first")
+        return self._new_slot(held)
+
+    def _drop(self, slot: Slot) -> None:
+        self._slots.remove(slot)
+        self.driver.wait()
+        for graph in slot.graphs.values():
+            self.driver.forget(graph)
+        self.driver.free(slot.block)
+
+    def copy_slot(self, target: Slot, source: Slot, length: int) -> None:
+        """Copy the caches of ``length`` tokens, which are the beginning of each buffer."""
+        self.driver.current()
+        for buffer in self.plan.of_kind("cache"):
+            size = buffer.nbytes({"c": whole_blocks(length)})
+            if size:
+                self.driver.copy(target.addresses[buffer.name], source.addresses[buffer.name], size)
 
     def new_state(self, capacity: int | None = None) -> CudaState:
-        """Reserve caches; the kernels are compiled for the artifact's whole context, so it takes that much memory."""
+        """Reserve caches for ``capacity`` tokens, in whole attention blocks; the first state's are there already."""
         return CudaState(self, min(capacity or self.max_context, self.max_context))
 
     def step(self, tokens: Sequence[int], state: State, logits: Rows = "last") -> np.ndarray:
@@ -218,7 +255,7 @@ class CudaExecutor(Executor):
         ids = self.check(tokens, state)
         driver.current()
         if name == "draw":
-            start, numbers = control.numbers(draw, state.length + len(ids), int(self.plan.facts["capacity"]))
+            start, numbers = control.numbers(draw, state.length + len(ids), self.plan.capacity)
             if self._numbers is not draw:
                 self._numbers = None
                 driver.upload(self._addresses["random"] + 4 * start, numbers)
@@ -313,7 +350,7 @@ class CudaExecutor(Executor):
         self.driver.current()
         generator = np.random.default_rng(seed)
         for buffer in self.plan.of_kind("cache"):
-            size = buffer.nbytes({})
+            size = buffer.nbytes({"c": state.slot.held})
             tile = generator.standard_normal(min(size, 1 << 20), np.float32)
             if buffer.dtype == "int8":
                 tile *= 40
@@ -356,6 +393,9 @@ class CudaExecutor(Executor):
         """Free the device's memory."""
         driver, self.driver = getattr(self, "driver", None), None  # type: ignore[assignment]
         if driver is not None:
+            driver.current()
+            for graph in [graph for slot in self._slots for graph in slot.graphs.values()]:
+                driver.forget(graph)
             driver.close()
 
 

@@ -43,12 +43,17 @@ def present_gpu(levels: Sequence[str], target: str) -> probe.Gpu:
 
 
 class Driver:
-    """The first GPU's primary context and one stream. A call that fails raises an ArkError with the driver's word."""
+    """The first GPU's primary context and one stream. A call that fails raises an ArkError with the driver's word.
+
+    ``integrated``: the GPU shares the system's memory (Jetson).
+    """
 
     def __init__(self) -> None:
         self.cu = bindings()
         self.call("cuInit", 0)
         self.device = self.call("cuDeviceGet", 0)
+        shares = self.cu.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_INTEGRATED
+        self.integrated = bool(self.call("cuDeviceGetAttribute", shares, self.device))
         self.context = self.call("cuDevicePrimaryCtxRetain", self.device)
         self.call("cuCtxSetCurrent", self.context)
         self.stream = self.call("cuStreamCreate", self.cu.CUstream_flags.CU_STREAM_NON_BLOCKING)
@@ -75,8 +80,11 @@ class Driver:
         self.call("cuCtxSetCurrent", self.context)
 
     def free_memory(self) -> int:
-        """Return the bytes that can still be allocated."""
-        return int(self.call("cuMemGetInfo")[0])
+        """Return the bytes that can still be allocated.
+
+        An integrated GPU has the system's memory; the driver counts its cached files as taken, the system does not.
+        """
+        return probe.machine().available if self.integrated else int(self.call("cuMemGetInfo")[0])
 
     def allocate(self, nbytes: int) -> int:
         """Return the address of new memory, all zeros; ``close`` frees it."""

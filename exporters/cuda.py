@@ -167,7 +167,7 @@ def _memory(plan: Plan) -> dict[str, int]:
     """Return the bytes of device memory that the artifact takes, by what for."""
 
     def total(*kinds: str) -> int:
-        return sum(buffer.nbytes({}) for kind in kinds for buffer in plan.of_kind(kind))
+        return sum(buffer.nbytes({"c": plan.capacity}) for kind in kinds for buffer in plan.of_kind(kind))
 
     return {
         "weights_bytes": total("parameter"),

@@ -27,6 +27,7 @@ from arkinfer.artifact.plan import (
     Pointer,
     Schedule,
     Tap,
+    whole_blocks,
 )
 from arkinfer.config import SparseConfig
 from arkinfer.errors import InternalError
@@ -56,7 +57,7 @@ class Lowering:
 
     def __init__(self, model: ModelGraph, options: BuildOptions, levels: tuple[str, ...]) -> None:
         self.model, self.config, self.kv, self.levels = model, model.config, _KV[options.kv], levels
-        self.capacity = -(-options.context // BLOCK) * BLOCK
+        self.capacity = whole_blocks(options.context)
         # Whatever the default gear, the plan holds both where the kernels can: an artifact can be opened in either.
         self.sparse = cuda_outline.selects(model.config)
         self.stored: dict[str, Stored] = {}  # parameter name -> origin
@@ -415,7 +416,7 @@ class Walk:
             "lse": sparse.lse,
         }
         if self.tokens <= FEW:  # more rows fill the device by themselves
-            select["splits"] = _splits(config.kv_heads, Select(**select).normaliser[2], KEYS)
+            select["splits"] = _splits(config.kv_heads, self.shared.capacity // Select(**select).normaliser[1], KEYS)
         normaliser = Pointer(f"layers.{self.layer}.{'fine' if sparse.lse == 'exact' else 'coarse'}")
         lse = self._launch("select_lse", select, label, {"q": query, "keys": normaliser})
         scores = self._launch("select_scores", select, label, {"q": query, "lse": lse})

@@ -55,16 +55,12 @@ def caches(config: ModelConfig, kv: str, capacity: int) -> dict[str, int]:
     if kv == "int8":
         found |= dict.fromkeys(("k_scale", "v_scale"), 4 * rows * capacity)
     if sparse is not None:
-        found["fine"] = half * _kernels(capacity, sparse.kernel_size, sparse.kernel_stride)
-        found["coarse"] = half * _kernels(capacity, sparse.coarse_size, sparse.coarse_stride)
+        # One compressed key a stride: a little more than the tokens complete.
+        found["fine"] = half * -(-capacity // sparse.kernel_stride)
+        found["coarse"] = half * -(-capacity // sparse.coarse_stride)
         if sparse.use_nope:
             found["nope"] = half * capacity
     return found
-
-
-def _kernels(capacity: int, size: int, stride: int) -> int:
-    """Return for how many compressed keys there is room: those that the tokens complete, and one at least."""
-    return max(1, (capacity - size) // stride + 1)
 
 
 def _is_power(value: int) -> bool:

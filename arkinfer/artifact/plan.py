@@ -1,8 +1,9 @@
 """The execution plan of a GPU artifact: buffers, kernels and ordered launches, as data that every side reads alike.
 
 A plan holds one schedule per kind of step (decode, verify, prefill). Its buffers are named; a launch hands a kernel
-pointers into them. Sizes are numbers or expressions over ``n`` (tokens of the step) and ``r`` (rows whose logits are
-wanted). Scratch buffers are places in one arena, planned by lifetime.
+pointers into them. Sizes are numbers or expressions over ``n`` (tokens of the step), ``r`` (rows whose logits are
+wanted) and, for caches alone, ``c`` (the capacity of the sequence in tokens). Scratch buffers are places in one arena,
+planned by lifetime.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ ROLES = ("in", "out", "inout", "scalar")
 CONTROL = ("position", "dense_len", "tokens", "inverse_temperature", "top_k", "top_p")
 CONTROL_SIZE = 16  # int32 values
 SAMPLING = ("greedy", "draw")
+BLOCK = 64  # tokens of an attention block: capacities are multiples of it
 NEVER = 1 << 30  # a dense_len that no position reaches
 
 Extent = int | str
@@ -67,6 +69,11 @@ def evaluate(extent: Extent, sizes: Mapping[str, int]) -> int:
         raise ValueError(f"{extent!r} uses more than {', '.join(sizes)}, whole numbers and + - * //")
 
     return value(_parsed(extent))
+
+
+def whole_blocks(tokens: int) -> int:
+    """Return the capacity of a sequence that is to hold ``tokens``."""
+    return -(-tokens // BLOCK) * BLOCK
 
 
 @dataclass(frozen=True)
@@ -217,6 +224,11 @@ class Plan:
     arena: int
     facts: Mapping[str, Any]
 
+    @property
+    def capacity(self) -> int:
+        """The context in whole attention blocks: the largest ``c``."""
+        return int(self.facts["capacity"])
+
     def of_kind(self, kind: str) -> list[Buffer]:
         return [buffer for buffer in self.buffers if buffer.kind == kind]
 
@@ -250,6 +262,7 @@ class Plan:
             raise ValueError(f"its format is {found!r}, and this version of arkinfer reads {FORMAT}")
         try:
             plan = _plan(data)
+            _ = plan.capacity
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"an entry is missing or malformed: {error}") from error
         plan.check()
@@ -261,16 +274,16 @@ class Plan:
         if len(names) != len(self.buffers):
             raise ValueError("two buffers have one name")
         for buffer in self.buffers:
-            _check_buffer(buffer)
+            _check_buffer(buffer, {"c": self.capacity} if buffer.kind == "cache" else {})
         if set(self.sampling) != set(SAMPLING):
             raise ValueError(f"it chooses tokens by {', '.join(self.sampling) or 'nothing'}, not {', '.join(SAMPLING)}")
         for label, schedule in self._named():
-            sizes = {"n": schedule.tokens, "r": schedule.rows}
+            sizes = {"n": schedule.tokens, "r": schedule.rows, "c": self.capacity}
             table = {buffer.name: buffer for buffer in (*self.buffers, *schedule.scratch)}
             if len(table) != len(self.buffers) + len(schedule.scratch):
                 raise ValueError(f"{label}: two buffers have one name")
             for buffer in schedule.scratch:
-                _check_buffer(buffer)
+                _check_buffer(buffer, {"n": 1, "r": 1})
                 end = -1 if buffer.offset is None else buffer.offset + buffer.nbytes(sizes)
                 if buffer.offset is None or buffer.offset < 0 or buffer.offset % ALIGNMENT or end > self.arena:
                     raise ValueError(f"{label}: {buffer.name} does not lie in the arena")
@@ -341,10 +354,10 @@ def _described(buffer: Buffer) -> str:
     return f"{buffer.name}: {buffer.dtype}[{', '.join(map(str, buffer.shape))}]"
 
 
-def _check_buffer(buffer: Buffer) -> None:
+def _check_buffer(buffer: Buffer, sizes: Mapping[str, int]) -> None:
     if buffer.dtype not in ITEM_BYTES or buffer.kind not in KINDS:
         raise ValueError(f"{buffer.name} is a {buffer.kind} of {buffer.dtype}")
-    if any(extent < 0 for extent in buffer.extents({"n": 1, "r": 1})):
+    if any(extent < 0 for extent in buffer.extents(sizes)):
         raise ValueError(f"{buffer.name} has a negative extent")
 
 

@@ -16,7 +16,8 @@ import torch
 from cuda.bindings import driver as real
 
 from arkinfer.artifact import Artifact
-from arkinfer.artifact.plan import Kernel, Plan, evaluate
+from arkinfer.artifact.plan import BLOCK, Kernel, Plan, evaluate
+from arkinfer.backends.cuda_driver import places
 from arkinfer.exporters.kernels import triton as kernels
 from arkinfer.interpreter import DTYPES
 from arkinfer.targets.probe import Gpu
@@ -31,14 +32,17 @@ class FakeDriver:
 
     artifact: Artifact
     memory: int = 1 << 32
+    integrated: bool = False
     launches: int = 0
     captures: int = 0
     replays: int = 0
     uploads: int = 0
+    largest: int = 0  # bytes of an upload
     downloads: int = 0
     downloaded: int = 0  # bytes
     translated: int = 0
     blocks: dict[int, torch.Tensor] = field(default_factory=dict)
+    graphs: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
     recording: list[Callable[[], None]] | None = None
 
     def __post_init__(self) -> None:
@@ -59,6 +63,10 @@ class FakeDriver:
 
     def cuDeviceGet(self, ordinal: int) -> tuple[Any, int]:
         return _OK, ordinal
+
+    def cuDeviceGetAttribute(self, attribute: Any, device: int) -> tuple[Any, int]:
+        assert attribute == real.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_INTEGRATED
+        return _OK, int(self.integrated)
 
     def cuDevicePrimaryCtxRetain(self, device: int) -> tuple[Any, str]:
         return _OK, "context"
@@ -85,6 +93,7 @@ class FakeDriver:
         return sum(block.numel() for block in self.blocks.values())
 
     def cuMemGetInfo(self) -> tuple[Any, int, int]:
+        assert not self.integrated, "it counts what the system could give back as taken"
         return _OK, self.memory - self.used(), self.memory
 
     def cuMemAlloc(self, nbytes: int) -> tuple[Any, int]:
@@ -106,6 +115,13 @@ class FakeDriver:
         assert start <= address and address + nbytes <= start + block.numel(), "outside of what was allocated"
         return block[address - start : address - start + nbytes]
 
+    def held(self, address: int) -> int:
+        """Return the tokens that the caches at ``address`` have room for, by the size of their block."""
+        start = max(start for start in self.blocks if start <= address)
+        size, caches = self.blocks[start].numel(), self.plan.of_kind("cache")
+        rooms = range(BLOCK, self.plan.capacity + 1, BLOCK)
+        return next(room for room in rooms if places({b.name: b.nbytes({"c": room}) for b in caches})[1] == size)
+
     def cuMemsetD8Async(self, address: int, value: int, nbytes: int, stream: str) -> tuple[Any]:
         assert self.recording is None
         self.at(address, nbytes).fill_(value)
@@ -113,7 +129,7 @@ class FakeDriver:
 
     def cuMemcpyHtoDAsync(self, target: int, source: int, nbytes: int, stream: str) -> tuple[Any]:
         assert self.recording is None
-        self.uploads += 1
+        self.uploads, self.largest = self.uploads + 1, max(self.largest, nbytes)
         self.at(target, nbytes).copy_(torch.frombuffer(bytearray(ctypes.string_at(source, nbytes)), dtype=torch.uint8))
         return (_OK,)
 
@@ -162,6 +178,9 @@ class FakeDriver:
         assert shared <= 48 << 10 or function in self._large
         assert len(values) == len(types) == len(kernel.arguments) + 2 and values[-2:] == (0, 0)
         sizes = self.sizes = _sizes(kernel, values, (x, y, z), self.sizes)
+        pairs = zip(kernel.arguments, values, strict=False)
+        cached = [value for argument, value in pairs if any("c" in str(extent) for extent in argument.shape)]
+        sizes["c"] = self.held(cached[0]) if cached else 0
         assert (x, y, z) == tuple(evaluate(extent, sizes) for extent in image.grid)
         assert 0 < x < 1 << 31 and 0 < y < 1 << 16 and 0 < z < 1 << 16
 
@@ -200,15 +219,21 @@ class FakeDriver:
         recorded, self.recording = self.recording, None
         return _OK, recorded
 
-    def cuGraphInstantiate(self, graph: list[Callable[[], None]], flags: int) -> tuple[Any, list[Callable[[], None]]]:
-        return _OK, graph
+    def cuGraphInstantiate(self, graph: list[Callable[[], None]], flags: int) -> tuple[Any, int]:
+        handle = self.captures
+        self.graphs[handle] = graph
+        return _OK, handle
+
+    def cuGraphExecDestroy(self, graph: int) -> tuple[Any]:
+        del self.graphs[graph]
+        return (_OK,)
 
     def cuGraphDestroy(self, graph: Any) -> tuple[Any]:
         return (_OK,)
 
-    def cuGraphLaunch(self, graph: list[Callable[[], None]], stream: str) -> tuple[Any]:
+    def cuGraphLaunch(self, graph: int, stream: str) -> tuple[Any]:
         self.replays += 1
-        for run in graph:
+        for run in self.graphs[graph]:
             run()
         return (_OK,)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,10 @@ import pytest
 
 import arkinfer
 from arkinfer import backends, pipeline
-from arkinfer.artifact import Artifact
-from arkinfer.backends import cuda_driver
-from arkinfer.backends.base import Executor
-from arkinfer.errors import UnsupportedError, UserError
+from arkinfer.artifact import Artifact, tensors
+from arkinfer.backends import cuda_driver, upload
+from arkinfer.backends.base import Draw, Executor
+from arkinfer.errors import ArtifactError, UnsupportedError, UserError
 from arkinfer.interpreter import PlanInterpreter
 from arkinfer.targets import probe
 from tests.cuda.fake_driver import GPU, FakeDriver, different_from_the_real_one
@@ -29,8 +30,10 @@ Open = Callable[..., tuple[Executor, FakeDriver]]
 def opened(monkeypatch: pytest.MonkeyPatch) -> Open:
     """Return a function that opens an artifact on a made-up GPU with so many bytes of memory."""
 
-    def open(artifact: Artifact, memory: int = 1 << 32, gpu: probe.Gpu = GPU) -> tuple[Executor, FakeDriver]:
-        fake = FakeDriver(artifact, memory)
+    def open(
+        artifact: Artifact, memory: int = 1 << 32, gpu: probe.Gpu = GPU, integrated: bool = False
+    ) -> tuple[Executor, FakeDriver]:
+        fake = FakeDriver(artifact, memory, integrated)
         monkeypatch.setattr(cuda_driver, "bindings", lambda: fake)
         monkeypatch.setattr(probe, "gpu", lambda: gpu)
         return backends.open(artifact), fake
@@ -83,6 +86,39 @@ def test_fork_truncate_and_several_states(llama: Artifact, opened: Open) -> None
     del state, twin
     executor.new_state().fork()
     assert fake.used() == used  # the caches of states that are gone serve the next ones
+
+
+def test_a_further_state_takes_memory_for_what_it_asks(llama: Artifact, opened: Open) -> None:
+    executor, fake = opened(llama)
+    per_token = llama.manifest.limits["cache_bytes"] // 1024
+    whole = executor.new_state()
+    at_open = fake.used()
+    small = executor.new_state(100)
+    assert (fake.used() - at_open, small.capacity) == (128 * per_token, 100)
+    reference = PlanInterpreter(llama)
+    expected = reference.new_state(100)
+    for tokens in (TOKENS[:60], TOKENS[60:61], TOKENS[61:65]):
+        assert np.array_equal(executor.step(tokens, small), reference.step(tokens, expected))
+    twin = small.fork()
+    assert fake.used() - at_open == 2 * 128 * per_token
+    left = TOKENS[65:100]
+    assert np.array_equal(executor.step(left, twin), reference.step(left, expected.fork()))
+    assert np.array_equal(executor.step(left, small), reference.step(left, expected))
+    with pytest.raises(UserError, match="context is full"):
+        executor.step([1], small)
+    executor.sample([1], whole, Draw())
+    del small
+    executor.new_state(120)  # takes what `small` left
+    assert fake.used() - at_open == 2 * 128 * per_token
+    captured = len(fake.graphs)
+    middle = executor.new_state(300)  # what is idle is too small, and goes
+    assert fake.used() - at_open == (128 + 320) * per_token and len(fake.graphs) < captured
+    assert np.isfinite(executor.step(TOKENS[:300], middle)).all()
+    executor.close()
+
+
+def test_a_token_outside_of_the_vocabulary_is_refused(llama: Artifact, opened: Open) -> None:
+    executor, _ = opened(llama)
     with pytest.raises(UserError, match="vocabulary"):
         executor.step([400], executor.new_state())
 
@@ -120,6 +156,60 @@ def test_too_little_memory_names_the_context_that_fits(llama: Artifact, opened: 
     with pytest.raises(UnsupportedError) as caught:
         opened(llama, fixed // 2)
     assert "none" in str(caught.value.facts["context that would fit"])
+
+
+def test_a_sequence_that_has_no_room_names_one_that_would(llama: Artifact, opened: Open) -> None:
+    limits = llama.manifest.limits
+    executor, fake = opened(
+        llama, sum(limits[f"{name}_bytes"] for name in ("weights", "workspace", "cache")) + (1 << 16)
+    )
+    first = executor.new_state(1000)
+    with pytest.raises(UnsupportedError, match="no room for this sequence") as caught:
+        executor.new_state(1000)
+    assert caught.value.code == "ARK-E343"
+    fake.memory += limits["cache_bytes"] // 2
+    with pytest.raises(UnsupportedError) as caught:
+        executor.new_state(1000)
+    largest = int(str(caught.value.facts["context that would fit"]).split()[0])
+    assert 512 <= largest < 1000 and f"at most {largest} tokens" in caught.value.hint
+    executor.new_state(largest)
+    assert first.capacity == 1000
+    executor.close()
+    assert fake.graphs == {} and fake.used() == 0
+
+
+def test_an_integrated_gpu_holds_the_weights_once(
+    llama: Artifact, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They come in small pieces from the file, whose cached pages go; what the system calls available is free."""
+    limits, weights = llama.manifest.limits, llama.file("weights-cuda.safetensors")
+    total = sum(limits[f"{name}_bytes"] for name in ("weights", "workspace", "cache"))
+    dropped: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(upload, "PIECE", 4096)
+    monkeypatch.setattr(upload.os, "posix_fadvise", lambda file, *what: dropped.append(what))
+    machine = replace(probe.machine(), available=total + (1 << 16))
+    monkeypatch.setattr(probe, "machine", lambda: machine)
+    executor, fake = opened(llama, integrated=True)
+    assert total <= fake.used() <= total + (1 << 16)
+    tables = 4 * 1024 * 16  # of rotation, which are made here
+    assert fake.largest == tables and fake.uploads > limits["weights_bytes"] // 4096
+    assert dropped[-1] == (0, 0, os.POSIX_FADV_DONTNEED) and len(dropped) > weights.stat().st_size // 4096
+    reference = PlanInterpreter(llama)
+    expected = reference.step(TOKENS[:9], reference.new_state())
+    assert np.array_equal(executor.step(TOKENS[:9], executor.new_state()), expected)
+    machine = replace(machine, available=total - limits["cache_bytes"] // 2)
+    with pytest.raises(UnsupportedError) as caught:
+        opened(llama, integrated=True)
+    assert "shared with the system" in str(caught.value.facts["memory"]) and "--context" in caught.value.hint
+
+
+def test_weights_of_another_plan_are_refused(llama: Artifact, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = tensors.read_header(llama.file("weights-cuda.safetensors"))
+    name, entry = next(iter(entries.items()))
+    monkeypatch.setattr(tensors, "read_header", lambda *_: {**entries, name: replace(entry, stop=entry.stop - 64)})
+    with pytest.raises(ArtifactError, match="not those of its plan") as caught:
+        opened(llama)
+    assert caught.value.facts["tensor"] == name
 
 
 def test_a_gpu_of_another_kind_is_refused(llama: Artifact, opened: Open) -> None:

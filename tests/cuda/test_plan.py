@@ -55,7 +55,7 @@ PLAN = Plan(
     schedules={"decode": schedule(1, 1), "verify": schedule(8, 8), "prefill": schedule(512, 64)},
     sampling={"greedy": schedule(1, 1), "draw": schedule(1, 1)},
     arena=32 * 512 + 16 * 512,
-    facts={"max_context": 1024},
+    facts={"max_context": 1000, "capacity": 1024},
 )
 
 
@@ -96,6 +96,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "tap": (_set("schedules", "decode", "taps", 0, "after", value=7), "layer.0"),
     "sampling": (lambda data: data["sampling"].pop("draw"), "chooses tokens by greedy"),
     "choice": (_set("sampling", "draw", "launches", 0, "kernel", value=1), "sampling draw: a launch calls kernel 1"),
+    "capacity": (lambda data: data["facts"].pop("capacity"), "capacity"),
     "missing": (lambda data: data.pop("kernels"), "kernels"),
     "role": (_set("kernels", 0, "arguments", 0, "role", value="both"), "unknown kind"),
     "arguments": (lambda data: data["schedules"]["decode"]["launches"][0]["pointers"].pop(), "takes 2 pointers"),

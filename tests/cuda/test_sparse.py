@@ -60,8 +60,8 @@ def test_plan_states_the_caches_of_the_artifact(checkpoints: dict[str, Path], sp
     memory = planning.plan(checkpoints["minicpm"], "rtx-4090").memory
     assert memory.kv + memory.compressed == sparse.manifest.limits["cache_bytes"]
     plan = Plan.from_json(sparse.file("payload/plan.json").read_text(encoding="utf-8"))
-    pooled = [buffer.nbytes({}) for buffer in plan.of_kind("cache") if buffer.name.endswith(("fine", "coarse"))]
-    assert memory.compressed == sum(pooled)
+    pooled = [buffer for buffer in plan.of_kind("cache") if buffer.name.endswith(("fine", "coarse"))]
+    assert memory.compressed == sum(buffer.nbytes({"c": plan.capacity}) for buffer in pooled)
 
 
 def test_gears_differ_in_the_rows_that_are_sparse(sparse: Artifact) -> None:
@@ -115,8 +115,8 @@ def _pooled(state: PlanState) -> list[torch.Tensor]:
     for name, memory in state.memory.items():
         if name.endswith(("fine", "coarse")):
             factor = 4 if name.endswith("coarse") else 1
-            rows = memory.view(torch.float16).view(CONFIGS["minicpm"]["num_key_value_heads"], -1, 32)
-            used = rows[:, : kernel_count(state.length, factor * CONFIG.kernel_size, factor * CONFIG.kernel_stride)]
+            rows = memory.view(torch.float16).view(-1, CONFIGS["minicpm"]["num_key_value_heads"], 32)
+            used = rows[: kernel_count(state.length, factor * CONFIG.kernel_size, factor * CONFIG.kernel_stride)]
             assert bool(used.isfinite().all())
             found.append(used)
     assert len(found) == 4

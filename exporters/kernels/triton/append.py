@@ -16,7 +16,7 @@ from arkinfer.ops.attention import quantise_rows
 class Append:
     """``kv`` is float16 or int8; ``norm_eps`` normalises q and k first; ``nope`` keeps them as they were too.
 
-    ``context`` is the capacity of the caches and the length of the tables.
+    ``context`` is the most that the caches may hold and the length of the tables.
     """
 
     heads: int
@@ -41,10 +41,10 @@ def _arguments(options: Append) -> tuple[Argument, ...]:
     arguments.append(Argument("q", "float16", ("n", heads, dim), "out"))
     if options.nope:
         arguments.append(Argument("q_nope", "float16", ("n", heads, dim), "out"))
-    cache = (kv_heads, context, dim)
+    cache = ("c", kv_heads, dim)
     arguments += [Argument("k", options.kv, cache, "inout"), Argument("v", options.kv, cache, "inout")]
     if options.kv == "int8":
-        arguments += [Argument(name, "float32", (kv_heads, context), "inout") for name in ("k_scale", "v_scale")]
+        arguments += [Argument(name, "float32", ("c", kv_heads), "inout") for name in ("k_scale", "v_scale")]
     if options.nope:
         arguments.append(Argument("nope", "float16", cache, "inout"))
     return tuple(arguments)
@@ -57,7 +57,6 @@ def _variant(options: Append, arch: str) -> Variant:
         "KV_HEADS": options.kv_heads,
         "DIM": options.head_dim,
         "HALF": power_of_two(options.head_dim // 2),
-        "CONTEXT": options.context,
         "INT8": options.kv == "int8",
         "NORM": options.norm_eps is not None,
         "EPS": options.norm_eps or 0.0,
@@ -86,13 +85,12 @@ def _reference(options: Append, arguments: Mapping[str, torch.Tensor], n: int, r
     arguments["q"].copy_(rotated(q))
     if options.nope:
         arguments["q_nope"].copy_(q)
-        arguments["nope"][:, span] = k.transpose(0, 1).half()
+        arguments["nope"][span] = k.half()
     for name, rows in (("k", rotated(k)), ("v", v)):
         if options.kv == "int8":
-            codes, scale = quantise_rows(rows.transpose(0, 1))
-            arguments[name][:, span], arguments[f"{name}_scale"][:, span] = codes, scale
+            arguments[name][span], arguments[f"{name}_scale"][span] = quantise_rows(rows)
         else:
-            arguments[name][:, span] = rows.transpose(0, 1).half()
+            arguments[name][span] = rows.half()
 
 
 ROPE_APPEND = Kernel("append:rope_append", Append, _arguments, _variant, _reference)

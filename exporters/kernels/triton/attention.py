@@ -20,7 +20,7 @@ from arkinfer.ops.infllm import sparse_attention
 
 @dataclass(frozen=True)
 class Attention:
-    """q (n, heads, head_dim) against caches of ``context`` tokens.
+    """q (n, heads, head_dim) against caches of at most ``context`` tokens.
 
     ``splits`` blocks share the keys of a kv head in decode. ``budget`` > 0: blocks (n, kv_heads, budget) and counts
     (n, kv_heads) say which blocks of ``block`` keys a row reads; count -1 means all. ``block`` is also a tile of keys.
@@ -43,7 +43,7 @@ class Attention:
 
 
 def _cache(options: Attention) -> list[Argument]:
-    shape = (options.kv_heads, options.context, options.head_dim)
+    shape = ("c", options.kv_heads, options.head_dim)
     arguments = [Argument("k", options.kv, shape), Argument("v", options.kv, shape)]
     if options.kv == "int8":
         arguments += [Argument(name, "float32", shape[:2]) for name in ("k_scale", "v_scale")]
@@ -104,7 +104,6 @@ def _constants(options: Attention) -> dict[str, int | float | bool | str]:
         "GROUP": options.group,
         "DIM": options.head_dim,
         "PADDED_DIM": max(16, power_of_two(options.head_dim)),
-        "CONTEXT": options.context,
         "SCALE": options.scale,
         "INT8": options.kv == "int8",
         "BLOCK": options.block,
@@ -146,11 +145,11 @@ def _sparse_variant(options: Attention, arch: str) -> Variant:
 
 def _keys(options: Attention, arguments: Mapping[str, torch.Tensor], stop: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return cached keys and values (kv_heads, stop, head_dim) float32 as the kernels see them."""
-    k, v = (arguments[name][:, :stop].float() for name in ("k", "v"))
+    k, v = (arguments[name][:stop].float() for name in ("k", "v"))
     if options.kv == "int8":
-        k = k * arguments["k_scale"][:, :stop, None]
-        v = (v * arguments["v_scale"][:, :stop, None]).half().float()
-    return k, v
+        k = k * arguments["k_scale"][:stop, :, None]
+        v = (v * arguments["v_scale"][:stop, :, None]).half().float()
+    return k.transpose(0, 1), v.transpose(0, 1)
 
 
 def _blocks_of_row(options: Attention, arguments: Mapping[str, torch.Tensor], head: int, position: int) -> list[int]:

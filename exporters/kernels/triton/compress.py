@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from arkinfer.exporters.kernels.triton import layout
 from arkinfer.exporters.kernels.triton.kernel import Argument, Kernel, Variant, power_of_two
 from arkinfer.ops.infllm import compress_keys, kernel_count
 
@@ -25,25 +26,17 @@ class Compress:
     kernel_stride: int
     kv: str = "float16"
 
-    @property
-    def fine(self) -> int:
-        """Fine kernels that a full cache holds."""
-        return max(1, kernel_count(self.context, self.kernel_size, self.kernel_stride))
-
-    @property
-    def coarse(self) -> int:
-        return max(1, kernel_count(self.context, 4 * self.kernel_size, 4 * self.kernel_stride))
-
 
 def _arguments(options: Compress) -> tuple[Argument, ...]:
     heads, dim = options.kv_heads, options.head_dim
-    scale = [Argument("k_scale", "float32", (heads, options.context))] if options.kv == "int8" else []
+    scale = [Argument("k_scale", "float32", ("c", heads))] if options.kv == "int8" else []
+    fine, coarse = (layout.compressed_rows(factor * options.kernel_stride) for factor in (1, 4))
     return (
-        Argument("k", options.kv, (heads, options.context, dim)),
+        Argument("k", options.kv, ("c", heads, dim)),
         *scale,
         Argument("control", "int32", (16,)),
-        Argument("fine", "float16", (heads, options.fine, dim), "inout"),
-        Argument("coarse", "float16", (heads, options.coarse, dim), "inout"),
+        Argument("fine", "float16", (fine, heads, dim), "inout"),
+        Argument("coarse", "float16", (coarse, heads, dim), "inout"),
         Argument("count", "int32", ("n",), "scalar"),
     )
 
@@ -52,12 +45,10 @@ def _variant(options: Compress, arch: str) -> Variant:
     constants: dict[str, int | float | bool | str] = {
         "DIM": options.head_dim,
         "PADDED_DIM": power_of_two(options.head_dim),
-        "CONTEXT": options.context,
+        "KV_HEADS": options.kv_heads,
         "SIZE": options.kernel_size,
         "STRIDE": options.kernel_stride,
         "TILE": min(32, power_of_two(options.kernel_size)),
-        "FINE": options.fine,
-        "COARSE": options.coarse,
         "INT8": options.kv == "int8",
     }
     # n tokens complete at most this many fine kernels; coarse ones are fewer.
@@ -71,11 +62,10 @@ def _reference(options: Compress, arguments: Mapping[str, torch.Tensor], n: int,
         first, last = (kernel_count(length, size, stride) for length in (start, start + n))
         if last > first:
             span = slice(first * stride, (last - 1) * stride + size)
-            keys = arguments["k"][:, span].float()
+            keys = arguments["k"][span].float()
             if options.kv == "int8":
-                keys = keys * arguments["k_scale"][:, span, None]
-            means = compress_keys(keys.transpose(0, 1), size, stride)  # (kernels, kv_heads, head_dim)
-            arguments[name][:, first:last] = means.transpose(0, 1).half()
+                keys = keys * arguments["k_scale"][span, :, None]
+            arguments[name][first:last] = compress_keys(keys, size, stride).half()
 
 
 COMPRESS = Kernel("compress:compress", Compress, _arguments, _variant, _reference)

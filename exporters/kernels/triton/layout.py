@@ -8,8 +8,10 @@ inputs four at a time, and a tile of chunks expanded to (planes, words) is in th
 with zeros up to whole chunks. scales (N, G) and zeros (N, G) uint8 are as in arkinfer.quant.packed, except that an int8
 weight's zero counts from 0 as the others' do. Groups are multiples of 16 inputs.
 
-**Caches**, for each layer: k, v, nope (kv_heads, context, head_dim), k_scale and v_scale (kv_heads, context) float32,
-fine and coarse (kv_heads, kernels of the context, head_dim) float16. ``context`` is the capacity, a multiple of 64.
+**Caches**, for each layer: k, v, nope (c, kv_heads, head_dim), k_scale and v_scale (c, kv_heads) float32, fine and
+coarse (kernels, kv_heads, head_dim) float16. ``c`` is the capacity of the sequence, a multiple of 64 that the kernels
+do not know: a sequence may have less than the plan's whole context, and its first tokens are the beginning of each
+buffer.
 """
 
 from __future__ import annotations
@@ -58,6 +60,11 @@ FORMATS: Mapping[str, CodeFormat] = {
 def words(format: str, width: int) -> int:
     """Return the 32-bit words of a packed row of ``width`` inputs."""
     return WORDS * ceil_div(width, FORMATS[format].inputs)
+
+
+def compressed_rows(stride: int) -> str:
+    """Return how many rows a cache of keys compressed every ``stride`` tokens has, as an expression in c."""
+    return f"(c + {stride - 1}) // {stride}"
 
 
 def check_group(format: str, group: int, width: int) -> None:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from arkinfer.config import SparseConfig
-from arkinfer.exporters.kernels.triton.compress import Compress
-from arkinfer.exporters.kernels.triton.kernel import Argument, Kernel, Variant, ceil_div, power_of_two
+from arkinfer.exporters.kernels.triton import layout
+from arkinfer.exporters.kernels.triton.kernel import Argument, Extent, Kernel, Variant, ceil_div, power_of_two
 from arkinfer.ops.infllm import select_blocks, visible_kernels
 
 KEYS = 64  # compressed keys of a tile of select_lse
@@ -54,24 +54,24 @@ class Select:
         return ceil_div(self.context, self.block_size)
 
     @property
-    def compress(self) -> Compress:
-        return Compress(self.kv_heads, self.head_dim, self.context, self.kernel_size, self.kernel_stride)
-
-    @property
-    def normaliser(self) -> tuple[int, int, int]:
-        """Size and stride of the kernels under the LSE, and how many a full cache holds."""
-        factor, held = (1, self.compress.fine) if self.lse == "exact" else (4, self.compress.coarse)
-        return factor * self.kernel_size, factor * self.kernel_stride, held
+    def normaliser(self) -> tuple[int, int]:
+        """Size and stride of the kernels under the LSE."""
+        factor = 1 if self.lse == "exact" else 4
+        return factor * self.kernel_size, factor * self.kernel_stride
 
 
 def _queries(options: Select) -> Argument:
     return Argument("q", "float16", ("n", options.heads, options.head_dim))
 
 
+def _compressed(options: Select, stride: int) -> tuple[Extent, ...]:
+    return layout.compressed_rows(stride), options.kv_heads, options.head_dim
+
+
 def _lse_arguments(options: Select) -> tuple[Argument, ...]:
     return (
         _queries(options),
-        Argument("keys", "float16", (options.kv_heads, options.normaliser[2], options.head_dim)),
+        Argument("keys", "float16", _compressed(options, options.normaliser[1])),
         Argument("control", "int32", (16,)),
         Argument("lse", "float32", ("n", options.heads, options.splits), "out"),
         Argument("count", "int32", ("n",), "scalar"),
@@ -81,7 +81,7 @@ def _lse_arguments(options: Select) -> tuple[Argument, ...]:
 def _scores_arguments(options: Select) -> tuple[Argument, ...]:
     return (
         _queries(options),
-        Argument("fine", "float16", (options.kv_heads, options.compress.fine, options.head_dim)),
+        Argument("fine", "float16", _compressed(options, options.kernel_stride)),
         Argument("control", "int32", (16,)),
         Argument("lse", "float32", ("n", options.heads, options.splits)),
         Argument("scores", "float32", ("n", options.kv_heads, 2, options.blocks), "out"),
@@ -112,8 +112,8 @@ def _constants(options: Select) -> dict[str, int | float | bool | str]:
 
 
 def _lse_variant(options: Select, arch: str) -> Variant:
-    size, stride, held = options.normaliser
-    constants = _constants(options) | {"SIZE": size, "STRIDE": stride, "KERNELS": held, "KEYS": KEYS}
+    size, stride = options.normaliser
+    constants = _constants(options) | {"SIZE": size, "STRIDE": stride, "KEYS": KEYS}
     tokens = constants["TOKENS"]
     return Variant(constants, (f"(n + {tokens} - 1) // {tokens}", str(options.kv_heads), str(options.splits)), 4, 2)
 
@@ -122,7 +122,6 @@ def _scores_variant(options: Select, arch: str) -> Variant:
     constants = _constants(options) | {
         "SIZE": options.kernel_size,
         "STRIDE": options.kernel_stride,
-        "KERNELS": options.compress.fine,
         "BLOCK": options.block_size,
         "HELD": options.blocks,
         "BLOCKS": BLOCKS,
@@ -160,7 +159,7 @@ def _logits(options: Select, q: torch.Tensor, keys: torch.Tensor, visible: torch
     """Return (rows, kv_heads, group, keys) of q (rows, heads, head_dim), -inf beyond the ``visible`` keys of a row."""
     count = int(visible.max())
     grouped = q.float().view(-1, options.kv_heads, options.group, options.head_dim).transpose(0, 1)
-    products = grouped.flatten(1, 2) @ keys[:, :count].float().transpose(1, 2) * options.scale
+    products = grouped.flatten(1, 2) @ keys[:count].float().permute(1, 2, 0) * options.scale
     logits = products.view(options.kv_heads, -1, options.group, count).transpose(0, 1)
     return logits.masked_fill((torch.arange(count) >= visible[:, None])[:, None, None], -math.inf)
 
@@ -173,7 +172,7 @@ def _tiles(arguments: Mapping[str, torch.Tensor], n: int) -> list[tuple[slice, t
 
 
 def _lse_reference(options: Select, arguments: Mapping[str, torch.Tensor], n: int, r: int) -> None:
-    size, stride, _ = options.normaliser
+    size, stride = options.normaliser
     total = int(visible_kernels(arguments["control"][:1] + n - 1, size, stride))
     each = ceil_div(ceil_div(total, KEYS), options.splits) * KEYS
     for rows, positions in _tiles(arguments, n):

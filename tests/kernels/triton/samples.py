@@ -46,7 +46,8 @@ class Case:
         return self.described.parse(self.options)
 
     def extent(self, value: int | str) -> int:
-        return value if isinstance(value, int) else int(eval(value, {"n": self.n, "r": self.r}))
+        sizes = {"n": self.n, "r": self.r, "c": self.options.get("context", 0)}
+        return value if isinstance(value, int) else int(eval(value, sizes))
 
 
 Values = dict[str, torch.Tensor | int]

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from arkinfer.artifact.plan import evaluate
 from arkinfer.config import SparseConfig
 from arkinfer.errors import UnsupportedError
 from arkinfer.exporters.kernels import triton as kernels
@@ -85,12 +86,12 @@ class Layer:
         self.known: dict[str, Any] = {
             "cos": angles.cos(),
             "sin": angles.sin(),
-            "k": torch.zeros(KV_HEADS, CONTEXT, DIM, dtype=cache),
-            "v": torch.zeros(KV_HEADS, CONTEXT, DIM, dtype=cache),
-            "k_scale": torch.zeros(KV_HEADS, CONTEXT),
-            "v_scale": torch.zeros(KV_HEADS, CONTEXT),
-            "fine": torch.zeros(KV_HEADS, 79, DIM, dtype=torch.float16),
-            "coarse": torch.zeros(KV_HEADS, 19, DIM, dtype=torch.float16),
+            "k": torch.zeros(CONTEXT, KV_HEADS, DIM, dtype=cache),
+            "v": torch.zeros(CONTEXT, KV_HEADS, DIM, dtype=cache),
+            "k_scale": torch.zeros(CONTEXT, KV_HEADS),
+            "v_scale": torch.zeros(CONTEXT, KV_HEADS),
+            "fine": torch.zeros(CONTEXT // 4, KV_HEADS, DIM, dtype=torch.float16),
+            "coarse": torch.zeros(CONTEXT // 16, KV_HEADS, DIM, dtype=torch.float16),
         }
         self.length = 0
 
@@ -100,7 +101,7 @@ class Layer:
         given = {}
         for argument in kernel.arguments(parsed):
             source = renamed.get(argument.name, argument.name)
-            shape = tuple(n if extent == "n" else extent for extent in argument.shape)
+            shape = tuple(evaluate(extent, {"n": n, "r": 1, "c": CONTEXT}) for extent in argument.shape)
             if argument.role == "out":
                 self.known[source] = torch.full(shape, 77, dtype=layout.TORCH[argument.dtype])
             given[argument.name] = n if argument.role == "scalar" else self.known[source]
@@ -161,8 +162,8 @@ def test_a_layer_equals_the_operator(kv: str, chunks: list[int]) -> None:
         positions = torch.arange(start, start + n)
         want = attention.attention(q, k, parts[:, -KV_HEADS:], cache, positions, layer.scale, SPARSE)
         assert torch.allclose(got.float(), want.float(), atol=2e-3)
-        assert torch.equal(layer.known["k"], cache.k)
-        assert torch.equal(layer.known["fine"], cache.fine)
+        assert torch.equal(layer.known["k"].transpose(0, 1), cache.k)
+        assert torch.equal(layer.known["fine"][:79].transpose(0, 1), cache.fine)
     assert layer.length > SPARSE.dense_len
 
 

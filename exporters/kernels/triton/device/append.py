@@ -24,7 +24,7 @@ def _store(place, scale_place, first, second, half, inside, DIM: tl.constexpr, I
 @jit
 def rope_append(
     qkv, cos, sin, control, q_norm, k_norm, q, q_nope, k, v, k_scale, v_scale, nope,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, CONTEXT: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
     INT8: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, NOPE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -36,7 +36,7 @@ def rope_append(
     first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(source + DIM // 2, mask=inside, other=0.0).to(tl.float32)
     if head >= HEADS + KV_HEADS:  # a value: neither normalised nor rotated
-        index = (head - HEADS - KV_HEADS) * CONTEXT + position
+        index = position * KV_HEADS + head - HEADS - KV_HEADS
         if INT8:
             _store(v + index * DIM, v_scale + index, first, second, half, inside, DIM, INT8)
         else:
@@ -54,7 +54,7 @@ def rope_append(
         s = tl.load(sin + position * (DIM // 2) + half, mask=inside, other=0.0)
         rotated = first * c - second * s
         turned = second * c + first * s
-        index = (head - HEADS) * CONTEXT + position
+        index = position * KV_HEADS + head - HEADS
         if head < HEADS:
             place = (row * HEADS + head) * DIM
             _store(q + place, q, rotated, turned, half, inside, DIM, False)

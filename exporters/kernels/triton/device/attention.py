@@ -13,19 +13,20 @@ def _half(codes):
 
 @jit
 def _attend(
-    q, k, v, k_scale, v_scale, base, key, seen, inside, highest, total, mixed,
-    DIM: tl.constexpr, PADDED_DIM: tl.constexpr, SCALE: tl.constexpr, INT8: tl.constexpr,
+    q, k, v, k_scale, v_scale, head, key, seen, inside, highest, total, mixed,
+    KV_HEADS: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, SCALE: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     """Take one tile of keys into account. q (rows, dim); key (keys,); seen (rows, keys); state in base 2."""
     d = tl.arange(0, PADDED_DIM)
-    place = (base + key)[:, None] * DIM + d[None, :]
+    row = key * KV_HEADS + head
+    place = row[:, None] * DIM + d[None, :]
     there = inside[:, None] if DIM == PADDED_DIM else inside[:, None] & (d < DIM)[None, :]
     keys = tl.load(k + place, mask=there, other=0)
     if INT8:
         keys = _half(keys)
     logits = tl.dot(q, tl.trans(keys)) * (SCALE * LOG2E)
     if INT8:
-        logits *= tl.load(k_scale + base + key, mask=inside, other=0.0)[None, :]
+        logits *= tl.load(k_scale + row, mask=inside, other=0.0)[None, :]
     logits = tl.where(seen, logits, -float("inf"))
     above = tl.maximum(highest, tl.max(logits, axis=1))
     finite = tl.where(above == -float("inf"), 0.0, above)  # a row that sees nothing yet
@@ -34,7 +35,7 @@ def _attend(
     total = total * shrink + tl.sum(weights, axis=1)
     values = tl.load(v + place, mask=there, other=0)
     if INT8:
-        scale = tl.load(v_scale + base + key, mask=inside, other=0.0)
+        scale = tl.load(v_scale + row, mask=inside, other=0.0)
         values = (_half(values).to(tl.float32) * scale[:, None]).to(tl.float16)
     mixed = tl.dot(weights.to(tl.float16), values, mixed * shrink[:, None])
     return above, total, mixed
@@ -43,7 +44,7 @@ def _attend(
 @jit
 def decode(
     q, k, v, k_scale, v_scale, control, blocks, counts, partial, lse,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, CONTEXT: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     SCALE: tl.constexpr, INT8: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, BUDGET: tl.constexpr,
     GROUP_TILE: tl.constexpr,
 ):  # fmt: skip
@@ -71,8 +72,8 @@ def decode(
         key = block * BLOCK + tl.arange(0, BLOCK)
         inside = key <= position
         highest, total, mixed = _attend(
-            queries, k, v, k_scale, v_scale, head * CONTEXT, key, inside[None, :], inside, highest, total, mixed,
-            DIM, PADDED_DIM, SCALE, INT8,
+            queries, k, v, k_scale, v_scale, head, key, inside[None, :], inside, highest, total, mixed,
+            KV_HEADS, DIM, PADDED_DIM, SCALE, INT8,
         )  # fmt: skip
     place = (head * SPLITS + split) * GROUP + g
     shares = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -83,7 +84,7 @@ def decode(
 @jit
 def combine(
     partial, lse, out,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, CONTEXT: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     SCALE: tl.constexpr, INT8: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, SPLITS_TILE: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
@@ -101,7 +102,7 @@ def combine(
 @jit
 def prefill(
     q, k, v, k_scale, v_scale, control, out, count,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, CONTEXT: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     SCALE: tl.constexpr, INT8: tl.constexpr, BLOCK: tl.constexpr, BUDGET: tl.constexpr, TOKENS: tl.constexpr,
     GROUP_TILE: tl.constexpr,
 ):  # fmt: skip
@@ -132,8 +133,8 @@ def prefill(
         key = begin + tl.arange(0, BLOCK)
         inside = key < last
         highest, total, mixed = _attend(
-            queries, k, v, k_scale, v_scale, head * CONTEXT, key, key[None, :] <= position[:, None], inside,
-            highest, total, mixed, DIM, PADDED_DIM, SCALE, INT8,
+            queries, k, v, k_scale, v_scale, head, key, key[None, :] <= position[:, None], inside,
+            highest, total, mixed, KV_HEADS, DIM, PADDED_DIM, SCALE, INT8,
         )  # fmt: skip
     mixed = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out + place, mixed.to(tl.float16), mask=real)
@@ -142,7 +143,7 @@ def prefill(
 @jit
 def sparse(
     q, k, v, k_scale, v_scale, control, blocks, counts, out,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, CONTEXT: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     SCALE: tl.constexpr, INT8: tl.constexpr, BLOCK: tl.constexpr, BUDGET: tl.constexpr, GROUP_TILE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -164,7 +165,7 @@ def sparse(
         key = tl.load(blocks + chosen * BUDGET + index) * BLOCK + tl.arange(0, BLOCK)
         inside = key <= position
         highest, total, mixed = _attend(
-            queries, k, v, k_scale, v_scale, head * CONTEXT, key, inside[None, :], inside, highest, total, mixed,
-            DIM, PADDED_DIM, SCALE, INT8,
+            queries, k, v, k_scale, v_scale, head, key, inside[None, :], inside, highest, total, mixed,
+            KV_HEADS, DIM, PADDED_DIM, SCALE, INT8,
         )  # fmt: skip
     tl.store(out + place, (mixed / tl.where(total == 0.0, 1.0, total)[:, None]).to(tl.float16), mask=real)

@@ -11,8 +11,8 @@ def _complete(length, SIZE: tl.constexpr, STRIDE: tl.constexpr):
 
 @jit
 def _mean(
-    k, k_scale, out, start, count, head, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, CONTEXT: tl.constexpr,
-    SIZE: tl.constexpr, STRIDE: tl.constexpr, TILE: tl.constexpr, KERNELS: tl.constexpr, INT8: tl.constexpr,
+    k, k_scale, out, start, count, head, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    SIZE: tl.constexpr, STRIDE: tl.constexpr, TILE: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     kernel = _complete(start, SIZE, STRIDE) + tl.program_id(0)
     if kernel < _complete(start + count, SIZE, STRIDE):
@@ -20,7 +20,7 @@ def _mean(
         sums = tl.zeros((PADDED_DIM,), tl.float32)
         for begin in range(0, SIZE, TILE):
             t = begin + tl.arange(0, TILE)
-            place = head * CONTEXT + kernel * STRIDE + t
+            place = (kernel * STRIDE + t) * KV_HEADS + head
             inside = t < SIZE
             keys = tl.load(
                 k + place[:, None] * DIM + d[None, :], mask=inside[:, None] & (d < DIM)[None, :], other=0
@@ -28,19 +28,18 @@ def _mean(
             if INT8:
                 keys *= tl.load(k_scale + place, mask=inside, other=0.0)[:, None]
             sums += tl.sum(keys, axis=0)
-        tl.store(out + (head * KERNELS + kernel) * DIM + d, (sums / SIZE).to(tl.float16), mask=d < DIM)
+        tl.store(out + (kernel * KV_HEADS + head) * DIM + d, (sums / SIZE).to(tl.float16), mask=d < DIM)
 
 
 @jit
 def compress(
     k, k_scale, control, fine, coarse, count,
-    DIM: tl.constexpr, PADDED_DIM: tl.constexpr, CONTEXT: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
-    TILE: tl.constexpr, FINE: tl.constexpr, COARSE: tl.constexpr, INT8: tl.constexpr,
+    KV_HEADS: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
+    TILE: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     start = tl.load(control)
     head = tl.program_id(1)
     if tl.program_id(2) == 0:
-        _mean(k, k_scale, fine, start, count, head, DIM, PADDED_DIM, CONTEXT, SIZE, STRIDE, TILE, FINE, INT8)
+        _mean(k, k_scale, fine, start, count, head, KV_HEADS, DIM, PADDED_DIM, SIZE, STRIDE, TILE, INT8)
     else:
-        _mean(k, k_scale, coarse, start, count, head, DIM, PADDED_DIM, CONTEXT, 4 * SIZE, 4 * STRIDE, TILE, COARSE,
-              INT8)  # fmt: skip
+        _mean(k, k_scale, coarse, start, count, head, KV_HEADS, DIM, PADDED_DIM, 4 * SIZE, 4 * STRIDE, TILE, INT8)

@@ -38,12 +38,12 @@ def _queries(
 
 @jit
 def _logits(
-    queries, keys, kernel, inside, KERNELS: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    queries, keys, kernel, inside, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     SCALE: tl.constexpr,
 ):  # fmt: skip
     """Return queries . keys[kernel] in units of log 2, (rows, kernels)."""
     d = tl.arange(0, PADDED_DIM)
-    place = (tl.program_id(1) * KERNELS + kernel)[:, None] * DIM + d[None, :]
+    place = (kernel * KV_HEADS + tl.program_id(1))[:, None] * DIM + d[None, :]
     loaded = tl.load(keys + place, mask=inside[:, None] & (d < DIM)[None, :], other=0.0)
     return tl.dot(queries, tl.trans(loaded)) * (SCALE * LOG2E)
 
@@ -53,7 +53,7 @@ def lse(
     q, keys, control, lse, count,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_TILE: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr, SCALE: tl.constexpr, SPLITS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
-    KERNELS: tl.constexpr, KEYS: tl.constexpr,
+    KEYS: tl.constexpr,
 ):  # fmt: skip
     token, position, present = _rows(control, count, TOKENS, GROUP_TILE)
     queries, place, real = _queries(q, token, present, KV_HEADS, GROUP, GROUP_TILE, TOKENS, DIM, PADDED_DIM)
@@ -69,7 +69,7 @@ def lse(
     total = tl.zeros((TOKENS * GROUP_TILE,), tl.float32)
     for begin in range(split * each, tl.minimum((split + 1) * each, stop), KEYS):
         kernel = begin + tl.arange(0, KEYS)
-        logits = _logits(queries, keys, kernel, kernel < stop, KERNELS, DIM, PADDED_DIM, SCALE)
+        logits = _logits(queries, keys, kernel, kernel < stop, KV_HEADS, DIM, PADDED_DIM, SCALE)
         logits = tl.where(kernel[None, :] < visible[:, None], logits, -float("inf"))
         above = tl.maximum(highest, tl.max(logits, axis=1))
         finite = tl.where(above == -float("inf"), 0.0, above)
@@ -83,7 +83,7 @@ def scores(
     q, fine, control, lse, scores, count,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_TILE: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr, SCALE: tl.constexpr, SPLITS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
-    KERNELS: tl.constexpr, BLOCK: tl.constexpr, HELD: tl.constexpr, BLOCKS: tl.constexpr, PER: tl.constexpr,
+    BLOCK: tl.constexpr, HELD: tl.constexpr, BLOCKS: tl.constexpr, PER: tl.constexpr,
     SPLITS_TILE: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(2) * BLOCKS
@@ -101,7 +101,8 @@ def scores(
     finite = tl.where(highest == -float("inf"), 0.0, highest)
     normaliser = finite + tl.log2(tl.sum(tl.exp2(parts - finite[:, None]), axis=1))  # -inf where nothing is visible
     kernel = first * PER + tl.arange(0, BLOCKS * PER)
-    logits = _logits(queries, fine, kernel, kernel < KERNELS, KERNELS, DIM, PADDED_DIM, SCALE)
+    there = kernel < _visible(last, SIZE, STRIDE)
+    logits = _logits(queries, fine, kernel, there, KV_HEADS, DIM, PADDED_DIM, SCALE)
     seen = kernel[None, :] < _visible(position, SIZE, STRIDE)[:, None]
     counted = seen & (real & (normaliser != -float("inf")))[:, None]
     weights = tl.where(counted, tl.exp2(logits - tl.where(counted, normaliser[:, None], 0.0)), 0.0)
