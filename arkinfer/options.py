@@ -27,7 +27,9 @@ def resolve(config: ModelConfig, target: Target, kv: str | None, attention: str,
             code="ARK-E213",
         )
     limit = config.max_context
-    wanted = context or min(limit, target.defaults.context or limit)
+    default = target.defaults.context
+    # "fit" is settled by planning.fitted, which knows how the weights are stored.
+    wanted = context or min(limit, default if isinstance(default, int) else limit)
     if not 1 <= wanted <= limit:
         raise UserError(
             f"a context of {wanted} tokens is not possible",

@@ -130,6 +130,8 @@ def build(
     recipe = choose(
         weights, fallback(description), body, expected, checkpoint, computed(description, activations), rounding
     )
+    if context is None and description.defaults.context == "fit":
+        options = planning.fitted(options, checkpoint.config, recipe, description)
     tokenizer = _tokenizer(checkpoint)
     line, warnings = planning.outlook(checkpoint, recipe, description, options, destination)
     for text in (line, *(f"warning: {warning}" for warning in warnings)):
@@ -155,6 +157,7 @@ def build(
         source = CheckpointWeights(rounded)
         payload = exporter.export(lowered.graph, source, description, options, writer.path, report, journal)
         writer.path("payload/graph.txt").write_text(lowered.graph.dump(), encoding="utf-8")
+        notes = list(checkpoint.config.notes)
         fields = {
             "name": destination.name.removesuffix(".ark"),
             "arkinfer": arkinfer.__version__,
@@ -176,14 +179,22 @@ def build(
             "limits": dict(payload.limits),
             "parity": None,
             "quality": None,
-            "provenance": {"model": checkpoint.name, **checkpoint.source, "notes": list(checkpoint.config.notes)},
+            "provenance": {"model": checkpoint.name, **checkpoint.source, "notes": notes},
         }
         if verify != "none":
             staged = writer.preview(fields)
             packed = exporter.weights(lowered.graph, staged.file, payload.origins)
-            outcome = _compare(staged, exporter, lowered, packed, options, verify, report)
-            verification.require(outcome)
-            fields["parity"] = outcome.to_dict()
+            try:
+                opened = _executor(staged, exporter)
+            except UnsupportedError as absent:
+                if probe.level_for(description) is not None:
+                    raise
+                notes.append(f"compiled, not verified: {absent.message}")
+                (say or _unheard)(f"warning: {notes[-1]}; {absent.hint}")
+            else:
+                outcome = _compare(staged, opened, exporter, lowered, packed, options, verify, report)
+                verification.require(outcome)
+                fields["parity"] = outcome.to_dict()
         fields["quality"] = qualities.examine(
             checkpoint, lowered.graph, lowered.recipe, source, encode, measured, report
         )
@@ -191,19 +202,24 @@ def build(
 
 
 def verify_artifact(artifact: Artifact, suite: str = "fast", progress: Progress | None = None) -> verification.Report:
-    """Verify a sealed artifact against the torch reference, with the weights that the artifact itself holds."""
+    """Verify a sealed artifact against the torch reference, with the weights that the artifact itself holds.
+
+    Raises UnsupportedError where nothing here can run it.
+    """
     manifest = artifact.manifest
+    exporter = exporters.get(manifest.backend)
+    opened = _executor(artifact, exporter)
     config = ModelConfig.from_json(manifest.model["config"])
     recipe = Recipe.from_dict(manifest.weights, manifest.activations, manifest.model["recipe"])
     lowered = lower(config, manifest.context, recipe, recipe.layouts, manifest.kv)
-    exporter = exporters.get(manifest.backend)
     options = BuildOptions(manifest.kv, manifest.attention, manifest.context)
     source = exporter.weights(lowered.graph, artifact.file)
-    return _compare(artifact, exporter, lowered, source, options, suite, progress or _quiet)
+    return _compare(artifact, opened, exporter, lowered, source, options, suite, progress or _quiet)
 
 
 def _compare(
     artifact: Artifact,
+    opened: tuple[Executor, str],
     exporter: Exporter,
     lowered: Lowered,
     source: WeightSource,
@@ -216,7 +232,7 @@ def _compare(
     path = "int8" if "int8" in (options.kv, lowered.recipe.activations) else "fp16" if options.kv == "fp16" else "float"
     if path == "int8" and exporter.precision == "fp16":
         path = "fp16"  # its own rounding is coarser than what int8 caches add
-    executor, evidence = _executor(artifact, exporter)
+    executor, evidence = opened
     try:
         reference = Reference(lowered.graph, source, options.kv, options.attention)
         report = verification.compare(executor, reference, texts, suite, path, progress)
@@ -227,7 +243,8 @@ def _compare(
 
 def _executor(artifact: Artifact, exporter: Exporter) -> tuple[Executor, str]:
     """Open what can run ``artifact`` on this machine, and say what its results are worth."""
-    if probe.usable(artifact.manifest.target["arch"]) is None:
+    target = artifact.manifest.target
+    if probe.usable(target["arch"], target.get("platform")) is None:
         stand_in = exporter.stand_in(artifact)
         if stand_in is not None:
             return stand_in.executor, stand_in.evidence

@@ -162,13 +162,22 @@ def plan(
         "method": method,
         "rule": [str(rule) for rule in rules],
     }
-    asked = _Asked(str(model), given, weights, activations, rounding, options)
+    fits = context is None and description.defaults.context == "fit"
+    asked = _Asked(str(model), given, weights, activations, rounding, options, fits)
     draft = _Draft.make(checkpoint, description, asked)
     if rates is None:
         from arkinfer import rates as measuring
 
         rates = measuring.rates(description, draft.factors)
     return draft.plan(rates)
+
+
+def fitted(options: BuildOptions, config: ModelConfig, recipe: Recipe, target: Target) -> BuildOptions:
+    """Return ``options`` with the largest context that ``target`` has memory for; unchanged where none is."""
+    if target.memory is None:
+        return options
+    largest = _Sizes(config, recipe, target).largest(options.kv, target.memory)
+    return replace(options, context=largest or options.context)
 
 
 def outlook(
@@ -220,6 +229,7 @@ class _Asked:
     activations: str
     rounding: Rounding
     options: BuildOptions
+    fits: bool  # whether the context is what the target has memory for
 
     def command(self, **changes: Any) -> str:
         words = ["arkinfer", "build", self.model]
@@ -348,6 +358,8 @@ class _Draft:
             asked.weights, fallback(target), structure.body(config), structure.shapes(config), checkpoint,
             computed(target, asked.activations), asked.rounding,
         )  # fmt: skip
+        if asked.fits:
+            asked = replace(asked, options=fitted(asked.options, config, recipe, target))
         return cls(checkpoint, target, asked, recipe)
 
     def refused(self) -> list[str]:

@@ -19,17 +19,19 @@ from typing import Any
 
 import numpy as np
 
+from arkinfer import targets
 from arkinfer.artifact import Artifact
 from arkinfer.artifact.tensors import load as load_tensors
 from arkinfer.backends.base import Executor, State, truncated
 from arkinfer.backends.gears import decode_bytes, gear
 from arkinfer.errors import ArtifactError, UnsupportedError, UserError
-from arkinfer.targets.probe import isa_levels
+from arkinfer.targets import probe
 
 PLAN_FORMAT = 1  # of payload/plan.json
 BLOCK = 64  # capacities are whole attention blocks
 _CPU = 1  # DLPack's kDLCPU
 _POOLED = 2  # the VM's pooled allocator
+_SUFFIXES = {"macos": ".dylib"}  # of shared libraries, where it is not .so
 
 _runtime: ctypes.CDLL | None = None
 
@@ -67,6 +69,12 @@ def _ffi(threads: int) -> Any:
         _runtime = ctypes.CDLL(str(libraries[0]), ctypes.RTLD_GLOBAL)
     tvm_ffi.get_global_func("runtime.config_threadpool")(1, threads)
     return tvm_ffi
+
+
+def _targets_here() -> str:
+    """Return the shipped targets that this machine runs, as words."""
+    found = [name for name in targets.names() if probe.level_for(targets.load(name)) is not None]
+    return ", ".join(f"--target {name}" for name in found) or "none of the shipped targets is"
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -136,7 +144,7 @@ class TvmExecutor(Executor):
     """Runs one artifact's compiled module. Not thread-safe: the Engine serialises its steps."""
 
     def __init__(self, artifact: Artifact, threads: int | None, attention: str | None) -> None:
-        self.threads = threads or int(os.environ.get("ARKINFER_THREADS", "0")) or len(os.sched_getaffinity(0))
+        self.threads = threads or int(os.environ.get("ARKINFER_THREADS", "0")) or probe.cores()
         if self.threads < 1:
             raise UserError(f"threads must be at least 1, not {self.threads}", code="ARK-E212")
         self.ffi = _ffi(self.threads)
@@ -149,16 +157,18 @@ class TvmExecutor(Executor):
                 code="ARK-E512",
             )
         self.plan = plan
-        usable = isa_levels()
-        self.isa = next((level for level in plan["isa"] if level in usable), "")
+        target = artifact.manifest.target
+        self.isa = probe.usable(plan["isa"], target.get("platform")) or ""
         if not self.isa:
+            machine = probe.machine()
+            levels = ", ".join(machine.levels) or "no level that arkinfer knows"
             raise UnsupportedError(
-                "this artifact holds no code for this processor",
+                "this artifact holds no code for this machine",
                 facts={
-                    "artifact": ", ".join(plan["isa"]),
-                    "this machine": ", ".join(usable) or "none that arkinfer knows",
+                    "artifact": f"{target.get('platform') or 'linux'}: {', '.join(plan['isa'])}",
+                    "this machine": f"{probe.system()} {machine.architecture}: {levels}",
                 },
-                hint="build again for a target whose arch lists one of this machine's levels",
+                hint=f"copy it to such a device, or build for this machine: {_targets_here()}",
                 code="ARK-E311",
             )
         self.vocab_size = int(plan["vocab_size"])
@@ -169,14 +179,15 @@ class TvmExecutor(Executor):
         frequencies = plan["rope"]["inverse_frequencies"]
         self._frequencies = np.array([float.fromhex(value) for value in frequencies], np.float32)
         self._magnitude = np.float32(float.fromhex(plan["rope"]["magnitude"]))
+        library = f"payload/{self.isa}{_SUFFIXES.get(probe.system(), '.so')}"
         try:
-            module = self.ffi.load_module(str(artifact.file(f"payload/{self.isa}.so").resolve()))
+            module = self.ffi.load_module(str(artifact.file(library).resolve()))
             machine = module["vm_load_executable"]()
             machine["vm_initialization"](_CPU, 0, _POOLED)
         except Exception as error:  # tvm_ffi raises types of its own for any load failure
             raise ArtifactError(
                 "the compiled module does not load",
-                facts={"file": f"payload/{self.isa}.so", "reason": str(error).splitlines()[-1]},
+                facts={"file": library, "reason": str(error).splitlines()[-1]},
                 hint="build the artifact again with this version of apache-tvm",
                 code="ARK-E510",
             ) from error

@@ -134,5 +134,8 @@ class Exporter(Protocol):
         ...
 
     def stand_in(self, artifact: Artifact) -> StandIn | None:
-        """Return what runs ``artifact`` where its device is absent, or None where nothing does."""
+        """Return what runs ``artifact`` where its device is absent, or None where nothing ever does.
+
+        Raises UnsupportedError where only something to be installed is missing, and says what.
+        """
         ...

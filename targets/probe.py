@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -75,12 +76,21 @@ def cores() -> int:
 
 def level_for(target: Target) -> str | None:
     """Return the level of ``target`` that this machine would run, or None if it can run none."""
-    return usable(target.arch)
+    return usable(target.arch, target.platform)
 
 
-def usable(levels: Sequence[str]) -> str | None:
-    """Return the first of ``levels``, of processors or GPUs, that this machine can run, or None."""
-    here = isa_levels()
+def system() -> str:
+    """Return what the names of platforms begin with on this system; an Android that runs Python calls itself Linux."""
+    name = "android" if hasattr(sys, "getandroidapilevel") else platform.system().lower()
+    return {"darwin": "macos"}.get(name, name)
+
+
+def usable(levels: Sequence[str], platform: str | None = None) -> str | None:
+    """Return the first of ``levels``, of processors or GPUs, that this machine can run, or None.
+
+    Code for processors also needs the system that it is linked for: ``platform``, None for Linux.
+    """
+    here = isa_levels() if (platform or "linux").partition("-")[0] == system() else ()
     if any(level.startswith("sm_") for level in levels) and (device := gpu()) is not None:
         here += (device.level,)
     return next((level for level in levels if level in here), None)

@@ -37,7 +37,8 @@ _AMOUNT = r"[0-9]+(\.[0-9]+)? ?(KB|MB|GB|TB|KiB|MiB|GiB|TiB)"
 
 @dataclass(frozen=True, slots=True)
 class TargetDefaults:
-    """What a build takes where the user says nothing; ``context`` None means the model's own limit (tokens).
+    """What a build takes where the user says nothing; ``context`` (tokens) None means the model's own limit, "fit" the
+    largest up to it for which the target has the memory.
 
     ``group``, ``head``, ``method`` and ``rules`` (PATTERN=FORMAT[:GROUP]) are those of arkinfer.recipe.Rounding.
     """
@@ -45,7 +46,7 @@ class TargetDefaults:
     weights: str = "auto"
     kv: str = "fp16"
     attention: str = "auto"
-    context: int | None = None
+    context: int | str | None = None
     group: int = 64
     head: str = "int8"
     method: str = "search"
@@ -164,10 +165,11 @@ DEFAULTS = {
     "attention": Rule(_one_of(ATTENTION, "auto: sparse from the model's dense_len on, if it has sparse attention")),
     "context": Rule(
         {
-            "type": ["integer", "null"],
+            "type": ["integer", "string", "null"],
             "minimum": 1,
             "maximum": 10**9,
-            "description": "Largest number of tokens; null: the model's limit",
+            "pattern": "^fit$",
+            "description": "Largest number of tokens; null: the model's limit; fit: what the target's memory allows",
         }
     ),
     "group": Rule(_one_of(GROUPS, "Inputs that share one int4 scale, in weights that are quantised here")),

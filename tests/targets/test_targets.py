@@ -124,7 +124,7 @@ WRONG: dict[str, tuple[str | bytes, int, str]] = {
     "rule twice": (MINIMAL + "defaults:\n  rules: ['x=int4', 'x=int4']\n", 5, "twice"),
     "rule unquoted": (MINIMAL + "defaults:\n  rules:\n  - *.down_proj.*=int4\n", 6, ""),
     "context": (MINIMAL + "defaults: {context: 0}\n", 4, "out of range"),
-    "context text": (MINIMAL + "defaults: {context: many}\n", 4, "`defaults.context` is a text"),
+    "context text": (MINIMAL + "defaults: {context: many}\n", 4, "`defaults.context` cannot be 'many'"),
     "context list": (MINIMAL + "defaults: {context: [1]}\n", 4, "single value"),
     "description": (MINIMAL.replace("A device", "7"), 2, "`description` is a whole number"),
     "description date": (MINIMAL.replace("A device", "2026-01-01"), 2, "neither text nor number"),
