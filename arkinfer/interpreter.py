@@ -94,7 +94,7 @@ class PlanInterpreter(Executor):
         found = [np.empty((0, self.vocab_size), np.float32)]
         for piece in self.plan.pieces(len(ids), logits):
             with _threads(1 if piece.stop - piece.start <= FEW else self.threads):
-                found += self._run(piece, ids[piece.start : piece.stop], state, {})
+                found += self._run(piece, ids[piece.start : piece.stop], state)
         return np.concatenate(found)
 
     def sample(self, tokens: Sequence[int], state: State, draw: Draw) -> int:
@@ -110,7 +110,7 @@ class PlanInterpreter(Executor):
         ready = len(ids) == 1 and self._ready == (state.length, int(ids[0]), draw)
         for piece in self.plan.pieces(len(ids), "last"):
             with _threads(1 if piece.stop - piece.start <= FEW else self.threads):
-                self._run(piece, ids[piece.start : piece.stop], state, {}, ready)
+                self._run(piece, ids[piece.start : piece.stop], state, ready=ready)
         if not ready:
             self._write("control", control.values(length - 1, self._dense_len, 1, draw))
         choice = self.plan.sampling["greedy" if draw.greedy else "draw"]
@@ -154,10 +154,10 @@ class PlanInterpreter(Executor):
         piece: Piece,
         ids: np.ndarray,
         state: State,
-        kept: dict[str, list[np.ndarray]],
+        kept: dict[str, list[np.ndarray]] | None = None,
         ready: bool = False,
     ) -> list[np.ndarray]:
-        """Run one piece; return the logits of each group of rows and append what taps see to ``kept``.
+        """Run one piece; return the logits of each group of rows and append what taps see to ``kept``, if given.
 
         Where memory is ``ready``, position and token stand there already.
         """
@@ -171,9 +171,10 @@ class PlanInterpreter(Executor):
         sizes = {"n": len(ids), "r": 0, "c": state.held}
         memory = self._memory(schedule, state)
         taps = {tap.after: tap for tap in schedule.taps}
-        for index, launch in enumerate(schedule.launches[: schedule.head]):
+        count = self.plan.storing(schedule) if kept is None and not piece.groups else schedule.head
+        for index, launch in enumerate(schedule.launches[:count]):
             self._launch(launch, memory, sizes)
-            if index in taps:
+            if kept is not None and index in taps:
                 stream = memory[taps[index].buffer].view(torch.float32).view(schedule.tokens, -1)
                 kept.setdefault(taps[index].name, []).append(stream[: len(ids)].numpy().copy())
         found = []

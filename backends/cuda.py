@@ -235,7 +235,8 @@ class CudaExecutor(Executor):
             if schedule.tokens == 1 and piece.groups and not kept:
                 self.driver.replay(self._graph(state.slot, "logits"))
             else:
-                self._start(schedule, schedule.launches[: schedule.head], state.slot, count, 0, kept)
+                last = schedule.head if piece.groups or kept else self.plan.storing(schedule)
+                self._start(schedule, schedule.launches[:last], state.slot, count, 0, kept)
             for group in piece.groups:
                 if schedule.tokens > 1 or kept:
                     self.driver.upload(self._addresses["rows"], np.array(group, np.int32))

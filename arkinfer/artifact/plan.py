@@ -249,6 +249,16 @@ class Plan:
             start += size
         return pieces
 
+    def storing(self, schedule: Schedule) -> int:
+        """Return how many launches a piece runs of which no logits are wanted: up to the last that writes a cache."""
+        caches = {buffer.name for buffer in self.of_kind("cache")}
+        last = 0
+        for index, launch in enumerate(schedule.launches[: schedule.head]):
+            pairs = zip(self.kernels[launch.kernel].pointed, launch.pointers, strict=True)
+            if any(argument.role != "in" and pointer.buffer in caches for argument, pointer in pairs):
+                last = index + 1
+        return last
+
     def to_json(self) -> str:
         """Return the plan as canonical JSON."""
         return json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True, indent=1) + "\n"

@@ -94,6 +94,18 @@ def test_truncate_fork_last_and_none(llama: Artifact) -> None:
     assert np.array_equal(executor.step(TOKENS[40:41], twin), first)
 
 
+def test_a_piece_without_logits_ends_when_its_keys_are_stored(llama: Artifact) -> None:
+    executor = PlanInterpreter(llama)
+    one, two = executor.new_state(), executor.new_state()
+    executor.step(TOKENS[:40], one, "none")
+    executor.step(TOKENS[:40], two, "last")
+    assert all(bool((one.memory[name] == two.memory[name]).all()) for name in one.memory)
+    for schedule in executor.plan.schedules.values():
+        after = schedule.launches[executor.plan.storing(schedule) : schedule.head]
+        names = [executor.plan.kernels[launch.kernel].name for launch in after]
+        assert names[0].startswith("attention") and "swiglu" not in names and names[-1] == "add_rms_norm"
+
+
 def test_values_in_one_place_are_found(checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: Any) -> None:
     """All scratch buffers at the start of the arena: the plan is well-formed, and only running it shows the fault."""
 

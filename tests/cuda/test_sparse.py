@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,14 @@ from arkinfer.artifact import Artifact
 from arkinfer.artifact.plan import Plan
 from arkinfer.backends import cuda_driver
 from arkinfer.backends.cuda import CudaExecutor
+from arkinfer.checkpoint import BUNDLED
 from arkinfer.config import SparseConfig
 from arkinfer.errors import UnsupportedError, UserError
 from arkinfer.interpreter import PlanInterpreter, PlanState
 from arkinfer.ops.infllm import kernel_count
 from arkinfer.parity import divergence
 from arkinfer.targets import probe
+from examples.needle import retrieve
 from tests.checkpoints import CONFIGS, SPARSE, write_checkpoint
 from tests.cuda.fake_driver import GPU, FakeDriver
 
@@ -148,6 +152,26 @@ def test_one_graph_decodes_across_the_switch(sparse: Artifact, monkeypatch: pyte
     assert fake.captures == 1
     assert np.array_equal(executor.step([7], twins[0]), reference.step([7], twins[1]))
     executor.close()
+
+
+def test_every_needle_is_found_among_few_blocks(tmp_path: Path) -> None:
+    """Six of 64 blocks are read: the first, the three nearest, and two that scores choose among 32 needles."""
+    folder = shutil.copytree(BUNDLED / "needle", tmp_path / "needle")
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    raw["sparse_config"] |= {"topk": 4, "window_size": 128, "dense_len": 1024}
+    (folder / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    out = tmp_path / "needle.ark"
+    artifact = pipeline.build(folder, target="rtx-4090", out=out, context=4160, verify="none")
+    tokens, answers = retrieve.haystack(4096)
+    executor = PlanInterpreter(artifact)
+    state, found = executor.new_state(), {}
+    executor.step(tokens, state, "none")
+    for key in answers:
+        state.truncate(4096)
+        value = int(np.argmax(executor.step([key], state)[-1]))
+        end = int(np.argmax(executor.step([value], state)[-1]))
+        found[key] = value if end == 2 else -1
+    assert found == answers
 
 
 @pytest.mark.parametrize(

@@ -143,13 +143,15 @@ def _sparse_variant(options: Attention, arch: str) -> Variant:
     return Variant(constants, ("n", str(options.kv_heads), "1"), 4, 2)
 
 
-def _keys(options: Attention, arguments: Mapping[str, torch.Tensor], stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cached keys and values (kv_heads, stop, head_dim) float32 as the kernels see them."""
-    k, v = (arguments[name][:stop].float() for name in ("k", "v"))
+def _keys(
+    options: Attention, arguments: Mapping[str, torch.Tensor], place: tuple[slice | int | torch.Tensor, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cached keys and values at ``place`` (positions, kv heads) as float32, as the kernels see them."""
+    k, v = (arguments[name][place].float() for name in ("k", "v"))
     if options.kv == "int8":
-        k = k * arguments["k_scale"][:stop, :, None]
-        v = (v * arguments["v_scale"][:stop, :, None]).half().float()
-    return k.transpose(0, 1), v.transpose(0, 1)
+        k = k * arguments["k_scale"][place][..., None]
+        v = (v * arguments["v_scale"][place][..., None]).half().float()
+    return k, v
 
 
 def _blocks_of_row(options: Attention, arguments: Mapping[str, torch.Tensor], head: int, position: int) -> list[int]:
@@ -163,7 +165,6 @@ def _blocks_of_row(options: Attention, arguments: Mapping[str, torch.Tensor], he
 
 def _decode_reference(options: Attention, arguments: Mapping[str, torch.Tensor], n: int, r: int) -> None:
     position = int(arguments["control"][0])
-    k, v = _keys(options, arguments, position + 1)
     q = arguments["q"][0].float().view(options.kv_heads, options.group, options.head_dim)
     arguments["partial"].zero_()
     arguments["lse"].fill_(-torch.inf)
@@ -177,10 +178,10 @@ def _decode_reference(options: Attention, arguments: Mapping[str, torch.Tensor],
             ids = torch.tensor(
                 [key for block in mine for key in range(block * options.block, (block + 1) * options.block)]
             )
-            ids = ids[ids <= position]
-            logits = q[head] @ k[head, ids].T * options.scale  # (group, keys)
+            k, v = _keys(options, arguments, (ids[ids <= position], head))
+            logits = q[head] @ k.T * options.scale  # (group, keys)
             arguments["lse"][head, split] = logits.logsumexp(dim=1)
-            arguments["partial"][head, split] = logits.softmax(dim=1) @ v[head, ids]
+            arguments["partial"][head, split] = logits.softmax(dim=1) @ v
 
 
 def _combine_reference(options: Attention, arguments: Mapping[str, torch.Tensor], n: int, r: int) -> None:
@@ -194,7 +195,7 @@ def _prefill_reference(options: Attention, arguments: Mapping[str, torch.Tensor]
     rows = min(n, max(0, threshold - 1 - start)) if options.budget else n  # the rest are sparse: not this kernel's
     if not rows:
         return
-    k, v = _keys(options, arguments, start + rows)
+    k, v = (part.transpose(0, 1) for part in _keys(options, arguments, (slice(start + rows),)))
     q = arguments["q"][:rows].float().transpose(0, 1)
     seen = torch.arange(start + rows) <= torch.arange(start, start + rows)[:, None]  # (rows, keys)
     mixed = torch.nn.functional.scaled_dot_product_attention(
@@ -208,7 +209,10 @@ def _sparse_reference(options: Attention, arguments: Mapping[str, torch.Tensor],
     sparse = arguments["counts"][:, 0] >= 0
     if not bool(sparse.any()):
         return
-    k, v = (part.transpose(0, 1) for part in _keys(options, arguments, start + n))
+    if options.kv == "int8":
+        k, v = _keys(options, arguments, (slice(start + n),))
+    else:  # a long context would take long to convert, and most of it is not read
+        k, v = (arguments[name][: start + n] for name in ("k", "v"))
     q = arguments["q"][sparse].float()
     blocks, counts = arguments["blocks"][sparse].long(), arguments["counts"][sparse]
     blocks = torch.where(torch.arange(options.budget) < counts[..., None], blocks, -1)
