@@ -1,4 +1,4 @@
-"""How fast a model will run on a CPU, and what its build will take: arithmetic on rates, with the factors named.
+"""How fast a model will run, and what its build will take: arithmetic on rates, with the factors named.
 
 The factors were measured with tests/benchmarks/plan_against_bench.py, whose records say on what; they are shares of
 what the machine itself reaches, so that they carry over to others better than times would.
@@ -34,18 +34,48 @@ class Factors:
     step_seconds: float = 40e-6  # each step: call, rotation, logits
     layer_seconds: float = 10e-6  # each layer of a step: some eight kernels that wait for their slowest thread
 
-    def to_dict(self) -> dict[str, float]:
+    source: str = "measured on CPUs"
+
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+# Of GPUs nothing is measured yet (tests/gpu/README.md): these are the goals for weights, and guesses.
+_GPU = Factors(
+    weight_share=0.8,
+    cache_share=0.7,
+    product_share=0.5,
+    attention_share=0.4,
+    value_ops=0.0,  # these kernels wait for memory: layer_seconds
+    gemm_share=1.0,
+    step_seconds=30e-6,
+    layer_seconds=20e-6,
+    source="guessed: no GPU has run it",
+)
+
+
+def factors(backend: str) -> Factors:
+    """Return the factors of a backend."""
+    return _GPU if backend == "cuda" else Factors()
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a machine does in a second: bytes read, int8 operations, float32 operations; None where unknown."""
+    """What a machine does in a second: bytes read, int8, float32 and float16 operations; None where unknown.
+
+    ``float16`` is that of GPUs' matrix units, which take over all products of floats where there are any.
+    """
 
     bandwidth: float | None
     int8: float | None
     float32: float | None
     source: str  # where they are from
+    float16: float | None = None
+
+    @property
+    def floats(self) -> float | None:
+        """Operations of products of floats."""
+        return self.float16 or self.float32
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -69,7 +99,7 @@ def decode(work: Work, weights: int, caches: int, config: ModelConfig, rates: Ra
     if rates.bandwidth is None:
         return None
     seconds = weights / (rates.bandwidth * factors.weight_share) + caches / (rates.bandwidth * factors.cache_share)
-    peak = rates.int8 if work.whole else rates.float32
+    peak = rates.int8 if work.whole else rates.floats
     if peak:  # few machines compute slower than they read
         seconds = max(seconds, (work.linear_ops + work.head_ops) / (peak * factors.product_share))
     return 1 / (seconds + factors.step_seconds + config.layers * factors.layer_seconds)
@@ -85,12 +115,12 @@ def prefill(
     work: Work, tokens: int, attention: float, config: ModelConfig, rates: Rates, factors: Factors
 ) -> float | None:
     """Return tokens/s of a prompt of ``tokens``, whose attention takes ``attention`` operations a token."""
-    peak = rates.int8 if work.whole else rates.float32
-    if not peak or not rates.float32:
+    peak = rates.int8 if work.whole else rates.floats
+    if not peak or not rates.floats:
         return None
     seconds = tokens * work.linear_ops / (peak * factors.product_share)
     seconds += work.head_ops / (peak * factors.product_share)
     floats = attention + config.layers * config.hidden_size * factors.value_ops
-    seconds += tokens * floats / (rates.float32 * factors.attention_share)
+    seconds += tokens * floats / (rates.floats * factors.attention_share)
     steps = -(-tokens // 512)
     return tokens / (seconds + steps * (factors.step_seconds + config.layers * factors.layer_seconds))

@@ -47,6 +47,11 @@ class Weight:
     zeros: bool = False
     order: str = ""
 
+    @property
+    def wide(self) -> bool:
+        """Whether it is kept as it is, in float32."""
+        return self.format == "dense" and self.dtype == torch.float32
+
     @staticmethod
     def concatenate(parts: Sequence[Weight]) -> Weight:
         """Return the weight that stacks ``parts`` along the output axis, named after all of them."""

@@ -26,7 +26,6 @@ from arkinfer.recipe import Recipe, Rounding, Rule, Storage, choose
 from arkinfer.structure import Matrix, Structure
 from arkinfer.targets import Target, probe
 
-CHUNK = 512  # prompt tokens per step, as the runtime reads prompts
 RUNTIME_BYTES = 150_000_000  # a rough allowance for Python, numpy, the tokenizer and the backend's library
 PROMPT = 512  # tokens of the prompt whose speed is estimated, as `bench` measures it
 
@@ -39,6 +38,7 @@ class _Stored:
     format: str
     group: int
     shape: tuple[int, ...]
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -262,8 +262,9 @@ class _Sizes:
     def matrices(self) -> list[_Stored]:
         """Return the linear weights as an exporter's refusals look at them."""
         return [
-            _Stored(matrix.name, self.stored[matrix].format, self.stored[matrix].group, matrix.shape)
+            _Stored(matrix.name, how.format, how.group, matrix.shape, how.format == "dense" and how.dtype == "F32")
             for matrix in self.structure.linears()
+            for how in [self.stored[matrix]]
         ]
 
     def by_format(self) -> dict[str, int]:
@@ -283,20 +284,11 @@ class _Sizes:
         compressed = sizes.get("fine", 0) + sizes.get("coarse", 0)
         return sum(sizes.values()) - compressed, compressed
 
-    def workspace(self) -> int:
-        """Return the bytes of inner values of a prompt's step: those of one layer together, and a row of logits."""
-        config = self.config
-        query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        # Residual, branch, norm; q, k, v, the rotated query, attention's output; the gated half and its int8 form.
-        floats = 4 * config.hidden_size + 3 * query + 2 * key + 2 * config.intermediate_size
-        if config.sparse is not None:
-            floats += config.kv_heads * config.sparse.budget
-        return 4 * (CHUNK * floats + config.vocab_size)
-
     def memory(self, kv: str, context: int) -> Memory:
         keys, compressed = self.caches(kv, context)
         weights = sum(self.sizes.values()) + self.vectors + self.orders
-        return Memory(weights, keys, compressed, self.workspace(), RUNTIME_BYTES)
+        workspace = (self.outline or cpu.CpuOutline()).workspace(self.structure, context)
+        return Memory(weights, keys, compressed, workspace, RUNTIME_BYTES)
 
     def largest(self, kv: str, available: int) -> int:
         """Return the largest context whose memory is ``available``; 0 if none is."""
@@ -345,11 +337,10 @@ def _available(target: Target) -> tuple[int | None, str]:
 class _Draft:
     """One recipe worked out, before speeds are known."""
 
-    factors = estimate.Factors()
-
     def __init__(self, checkpoint: Checkpoint, target: Target, asked: _Asked, recipe: Recipe) -> None:
         self.checkpoint, self.target, self.asked, self.recipe = checkpoint, target, asked, recipe
         self.sizes = _Sizes(checkpoint.config, recipe, target)
+        self.factors = estimate.factors(target.backend)
 
     @classmethod
     def make(cls, checkpoint: Checkpoint, target: Target, asked: _Asked) -> _Draft:

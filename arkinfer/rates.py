@@ -30,7 +30,7 @@ def rates(target: Target, factors: Factors, threads: int | None = None, seconds:
     level = probe.level_for(target)
     bandwidth, int8, float32 = target.bandwidth, target.compute.get("int8"), target.compute.get("fp32")
     if level is None or level.startswith("sm_") or (bandwidth and int8 and float32):
-        return Rates(bandwidth, int8, float32, "the target's file")
+        return Rates(bandwidth, int8, float32, "the target's file", target.compute.get("fp16"))
     count = threads or probe.cores()
     if bandwidth is None:
         bandwidth = _together(_reader, count, seconds / 2)

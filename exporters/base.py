@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from arkinfer.config import ModelConfig
     from arkinfer.graph import ModelGraph
     from arkinfer.reference import RowSource, WeightSource
+    from arkinfer.structure import Structure
 
 Progress = Callable[[str, int, int], None]  # stage, units done, units in all
 
@@ -65,6 +66,11 @@ class StoredMatrix(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
 
+    @property
+    def wide(self) -> bool:
+        """Whether it is kept as it is, in float32."""
+        ...
+
 
 class Outline(Protocol):
     """What `arkinfer plan` asks of a backend: answers from shapes alone, without a compiler or torch."""
@@ -81,6 +87,10 @@ class Outline(Protocol):
 
     def caches(self, config: ModelConfig, kv: str, capacity: int) -> Mapping[str, int]:
         """Return the bytes of the state tensors of all layers by name, for ``capacity`` tokens, a multiple of 64."""
+        ...
+
+    def workspace(self, structure: Structure, context: int) -> int:
+        """Return the bytes that a step needs beside weights and caches, in an artifact for ``context`` tokens."""
         ...
 
     def native(self, operators: Mapping[str, int]) -> dict[str, int]:

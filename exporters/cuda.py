@@ -124,10 +124,7 @@ def _with_images(plan: Plan, cubins: Mapping[tuple[str, str, str], Cubin], path:
 
 def _refusals(model: ModelGraph, target: Target, options: BuildOptions) -> list[str]:
     weights = [model.weight_of(node) for node in formats.linears(model)]
-    found = cuda_outline.reasons(model.config, weights, target, options)
-    if any(weight.format == "dense" and weight.dtype == torch.float32 for weight in weights):
-        found.append("the CUDA kernels read dense weights as float16 or bfloat16, not float32; --weights fp16")
-    return found
+    return cuda_outline.reasons(model.config, weights, target, options)
 
 
 def _facts(model: ModelGraph, options: BuildOptions) -> dict[str, Any]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from arkinfer.artifact.plan import BLOCK, whole_blocks
 from arkinfer.artifact.tensors import TensorSpec
 from arkinfer.config import ModelConfig, SparseConfig
 from arkinfer.exporters.base import BuildOptions, StoredMatrix
 from arkinfer.exporters.kernels.triton.kernel import ARCHS
 from arkinfer.exporters.outline import ABSORBED
+from arkinfer.structure import Structure
 from arkinfer.targets import Target
 
 BITS = {"int8": 8, "int4": 4, "int2": 2, "ternary": 2}  # of a code
@@ -74,6 +76,13 @@ def reasons(config: ModelConfig, weights: Iterable[StoredMatrix], target: Target
         found.append("the CUDA kernels keep keys and values as fp16 or int8; --kv fp16")
     if options.attention != "dense":
         found += unselectable(config)
+    keys = config.kv_heads * whole_blocks(options.context) * config.head_dim
+    if keys >= 1 << 31:
+        most = ((1 << 31) - 1) // (config.kv_heads * config.head_dim) // BLOCK * BLOCK
+        found.append(f"one layer's keys, {keys:,} numbers, are more than the CUDA kernels can count; --context {most}")
+    weights = list(weights)
+    if any(weight.wide for weight in weights):
+        found.append("the CUDA kernels read dense weights as float16 or bfloat16, not float32; --weights fp16")
     for weight in weights:
         width = weight.shape[1]
         if weight.format != "dense" and weight.group and (weight.group % STEP or width % weight.group):
@@ -98,6 +107,12 @@ class CudaOutline:
     def caches(self, config: ModelConfig, kv: str, capacity: int) -> Mapping[str, int]:
         """Return the bytes of the state tensors of all layers by name."""
         return caches(config, kv, capacity)
+
+    def workspace(self, structure: Structure, context: int) -> int:
+        """Return the bytes of inner values, inputs and outputs, as an artifact reserves them."""
+        from arkinfer.exporters import cuda_workspace
+
+        return cuda_workspace.nbytes(structure, context)
 
     def native(self, operators: Mapping[str, int]) -> dict[str, int]:
         """Return those of ``operators`` that have a kernel of their own."""

@@ -12,8 +12,10 @@ from arkinfer.exporters import refusals
 from arkinfer.exporters.base import BuildOptions, StoredMatrix
 from arkinfer.exporters.kernels.tir import layout, pack
 from arkinfer.exporters.program import Value
+from arkinfer.structure import Structure
 from arkinfer.targets import Target
 
+CHUNK = 512  # prompt tokens per step, as the runtime reads prompts
 PANEL = layout.PANEL
 KV = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
 _BYTES = {"float32": 4, "float16": 2, "int8": 1}
@@ -117,6 +119,16 @@ class CpuOutline:
     def caches(self, config: ModelConfig, kv: str, capacity: int) -> Mapping[str, int]:
         """Return the bytes of the state tensors of all layers by name, for ``capacity`` tokens, a multiple of 64."""
         return {value.name: _nbytes(value, config.sparse, capacity) for value in caches(config, kv)}
+
+    def workspace(self, structure: Structure, context: int) -> int:
+        """Return the bytes of inner values of a prompt's step: those of one layer together, and a row of logits."""
+        config = structure.config
+        query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        # Residual, branch, norm; q, k, v, the rotated query, attention's output; the gated half and its int8 form.
+        floats = 4 * config.hidden_size + 3 * query + 2 * key + 2 * config.intermediate_size
+        if config.sparse is not None:
+            floats += config.kv_heads * config.sparse.budget
+        return 4 * (CHUNK * floats + config.vocab_size)
 
     def native(self, operators: Mapping[str, int]) -> dict[str, int]:
         """Return those of ``operators`` that have a kernel of their own."""

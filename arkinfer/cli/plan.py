@@ -103,11 +103,12 @@ def _method(plan: Plan) -> str:
     rates, factors = plan.rates, plan.factors
     if rates.bandwidth is None:
         return "no estimate: neither the target's file nor this machine tells its bandwidth"
-    peak = "unknown" if rates.int8 is None else f"{rates.int8 / 1e9:,.0f} GOP/s int8"
+    name, value = ("fp16", rates.float16) if rates.float16 else ("int8", rates.int8)
+    peak = "unknown" if value is None else f"{value / 1e9:,.0f} GOP/s {name}"
     return (
         f"{rates.bandwidth / 1e9:.1f} GB/s, of which weights reach {100 * factors.weight_share:.0f} % and caches "
         f"{100 * factors.cache_share:.0f} %; {peak}, of which prompts reach {100 * factors.product_share:.0f} % "
-        f"({rates.source})"
+        f"({rates.source}; shares {factors.source})"
     )
 
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from arkinfer import exporters, pipeline, structure
-from arkinfer.artifact import Artifact
+from arkinfer.artifact import Artifact, tensors
 from arkinfer.artifact.plan import Plan
+from arkinfer.artifact.tensors import TensorWriter
 from arkinfer.errors import ArkError, ParityError, UnsupportedError, UserError
-from arkinfer.exporters import arena, cuda_lowering, cuda_outline
+from arkinfer.exporters import arena, cuda_lowering, cuda_outline, cuda_weights
 from arkinfer.exporters.base import BuildOptions
 from arkinfer.interpreter import PlanInterpreter
 from arkinfer.passes import formats
@@ -191,6 +192,33 @@ def test_same_inputs_give_the_same_bytes(checkpoints: dict[str, Path], llama: Ar
     again = pipeline.build(
         checkpoints["llama"], target="rtx-4090", out=tmp_path / "llama.ark", weights="int4", verify="none"
     )
+    assert again.manifest.files == llama.manifest.files
+
+
+def test_an_interrupted_build_goes_on_and_gives_the_same_bytes(
+    checkpoints: dict[str, Path], llama: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish, parameters, packed = TensorWriter.finish, cuda_weights._parameters, []
+
+    def counted(unit: list[Any], *others: Any) -> Any:
+        packed.append(unit[0].name)
+        return parameters(unit, *others)
+
+    def stopping(writer: TensorWriter, part: str, origin: str) -> None:
+        finish(writer, part, origin)
+        if len(packed) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tensors, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(cuda_weights, "_parameters", counted)
+    options: dict[str, Any] = {"target": "rtx-4090", "weights": "int4", "verify": "none"}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TensorWriter, "finish", stopping)
+        pipeline.build(checkpoints["llama"], out=tmp_path / "llama.ark", **options)
+    assert not (tmp_path / "llama.ark").exists()
+    first = packed.copy()
+    again = pipeline.build(checkpoints["llama"], out=tmp_path / "llama.ark", **options)
+    assert set(packed[5:]).isdisjoint(first) and len(packed) > 15
     assert again.manifest.files == llama.manifest.files
 
 
