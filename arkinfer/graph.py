@@ -26,6 +26,7 @@ Node: TypeAlias = Any
 
 STEP_INPUTS = ("tokens", "positions", "rows")
 _SPARSE, _GEAR = 14, 22  # places of `sparse` and `dense_len` among the arguments of arkinfer::attention
+_ACTIVATIONS = 8  # place of `activations` among those of arkinfer::linear
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,15 @@ class ModelGraph:
                         node.update_arg(_SPARSE, False)
                     else:
                         node.update_arg(_GEAR, 0)
+        return replace(self, graph=graph)
+
+    def with_activations(self, rounding: str) -> ModelGraph:
+        """Return a copy whose linears round int8 activations as ``rounding`` says, see arkinfer.ops.linear."""
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self.graph, {}))
+        for node in graph.nodes:
+            if node.target is torch.ops.arkinfer.linear.default and node.args[_ACTIVATIONS:] == ("int8",):
+                node.update_arg(_ACTIVATIONS, rounding)
         return replace(self, graph=graph)
 
     def residuals(self) -> dict[str, str]:

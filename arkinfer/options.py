@@ -45,7 +45,7 @@ def computed(target: Target, activations: str) -> str:
 
     Raises UserError for int8 activations where the target's kernels have none.
     """
-    if exporters.ACTIVATIONS.get(target.backend) != "float" or activations == "float":
+    if not exporters.multiplies_floats(target) or activations == "float":
         return activations
     if activations == "int8":
         raise UserError(

@@ -234,7 +234,8 @@ def _compare(
         path = "fp16"  # its own rounding is coarser than what int8 caches add
     executor, evidence = opened
     try:
-        reference = Reference(lowered.graph, source, options.kv, options.attention)
+        rounding = exporters.ROUNDING.get(artifact.manifest.backend, "int8")
+        reference = Reference(lowered.graph.with_activations(rounding), source, options.kv, options.attention)
         report = verification.compare(executor, reference, texts, suite, path, progress)
         return replace(report, evidence=evidence)
     finally:

@@ -11,7 +11,11 @@ if TYPE_CHECKING:
     from arkinfer.artifact import Artifact
     from arkinfer.backends.base import Executor
 
-BACKENDS = {"cuda": "arkinfer.backends.cuda:open", "tvm": "arkinfer.backends.tvm:open"}
+BACKENDS = {
+    "cuda": "arkinfer.backends.cuda:open",
+    "onnxruntime": "arkinfer.backends.onnxruntime:open",
+    "tvm": "arkinfer.backends.tvm:open",
+}
 
 
 def open(artifact: Artifact, threads: int | None = None, attention: str | None = None) -> Executor:

@@ -9,14 +9,22 @@ from arkinfer.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from arkinfer.exporters.base import Exporter, Outline
+    from arkinfer.targets import Target
 
-EXPORTERS = {"cuda": "arkinfer.exporters.cuda:CudaExporter", "tvm": "arkinfer.exporters.tvm:TvmExporter"}
+EXPORTERS = {
+    "cuda": "arkinfer.exporters.cuda:CudaExporter",
+    "onnxruntime": "arkinfer.exporters.onnxruntime:OnnxruntimeExporter",
+    "tvm": "arkinfer.exporters.tvm:TvmExporter",
+}
 # What `plan` asks instead: they load no compiler.
 OUTLINES = {
     "cuda": "arkinfer.exporters.cuda_outline:CudaOutline",
+    "onnxruntime": "arkinfer.exporters.onnx_outline:OnnxOutline",
     "tvm": "arkinfer.exporters.outline:CpuOutline",
 }
-ACTIVATIONS = {"cuda": "float"}  # what auto means, where it is not for the weights to decide
+
+# How kernels round int8 activations where not by division, see arkinfer.ops.linear: verification rounds alike.
+ROUNDING = {"onnxruntime": "int8_reciprocal"}
 
 
 def get(backend: str) -> Exporter:
@@ -40,3 +48,8 @@ def outline_of(backend: str) -> Outline | None:
     module, name = OUTLINES[backend].split(":")
     found: Outline = getattr(import_module(module), name)()
     return found
+
+
+def multiplies_floats(target: Target) -> bool:
+    """Tell whether what runs ``target``'s artifacts has no products of int8 activations: kernels of GPUs."""
+    return any(level.startswith("sm_") for level in target.arch)

@@ -8,29 +8,37 @@ from arkinfer.ops import differentiates
 from arkinfer.quant.groups import activation_group
 from arkinfer.quant.packed import FORMATS, PER_BYTE, Packed, dequantise, group_extent, integers
 
-ACTIVATIONS = ("float", "int8")
+# "int8_reciprocal" is int8 activations as onnxruntime rounds them: x * (127 / max|x|) where the others divide x by a
+# scale. The two differ in about one code of 200,000, which is enough to tell two correct programs apart.
+ACTIVATIONS = ("float", "int8", "int8_reciprocal")
 BLOCK_ROWS = 4096  # of a weight that the reference multiplies out at a time: 64 MB where rows have 4096 inputs
 
 
-def quantise_activations(x: torch.Tensor, extent: int) -> tuple[torch.Tensor, torch.Tensor]:
+def quantise_activations(x: torch.Tensor, extent: int, reciprocal: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (codes (tokens, groups, extent) float32 integers in -127..127, scales (tokens, groups) float32).
 
     scale = max|x| / 127 per group, codes = round-half-even(x / scale); a group of zeros has scale and codes zero.
+    ``reciprocal``: codes = round-half-even(x * (127 / max|x|)).
     """
     grouped = x.float().reshape(x.shape[0], -1, extent)
-    scales = grouped.abs().amax(dim=2) / 127
-    codes = torch.round(grouped / torch.where(scales == 0, 1.0, scales)[:, :, None]).clamp_(-127, 127)
-    return codes, scales
+    largest = grouped.abs().amax(dim=2)
+    scales = largest / 127
+    if reciprocal:
+        # A number over a tensor would be the tensor's reciprocal times the number: rounded twice.
+        exact = grouped * (torch.full_like(largest, 127) / torch.where(largest == 0, 1.0, largest))[:, :, None]
+    else:
+        exact = grouped / torch.where(scales == 0, 1.0, scales)[:, :, None]
+    return torch.round(exact).clamp_(-127, 127), scales
 
 
-def _with_int8_activations(x: torch.Tensor, packed: Packed) -> torch.Tensor:
+def _with_int8_activations(x: torch.Tensor, packed: Packed, reciprocal: bool) -> torch.Tensor:
     """Return x @ W.T where each activation group is rounded to int8 and multiplied in exact integers."""
     rows, width = packed.shape
     assert packed.scales is not None
     if packed.order is not None:
         x = x[:, packed.order.long()]
     extent = activation_group(packed.group, width)
-    codes, activation_scales = quantise_activations(x, extent)  # (n, A, extent), (n, A)
+    codes, activation_scales = quantise_activations(x, extent, reciprocal)  # (n, A, extent), (n, A)
     values = integers(packed).reshape(rows, -1, extent)  # (N, A, extent)
     # A weight group of odd size is narrower than the one activation group of the whole row.
     per_group = packed.scales.float()
@@ -77,8 +85,8 @@ def reference(
         out = torch.nn.functional.linear(x.float(), weight.float())
     else:
         packed = Packed(format, group, (weight.shape[0], x.shape[1]), weight, scales, zeros, order)
-        if activations == "int8":
-            out = _with_int8_activations(x, packed)
+        if activations != "float":
+            out = _with_int8_activations(x, packed, activations == "int8_reciprocal")
         else:
             out = torch.nn.functional.linear(x.float(), dequantise(packed))
     if bias is not None:
