@@ -74,7 +74,9 @@ class OnnxruntimeState(State):
 
     def __init__(self, executor: OnnxruntimeExecutor, capacity: int) -> None:
         self._executor, self.capacity, self.length = executor, capacity, 0
-        self.values = {spec.name: executor.place(np.zeros(spec.extents(capacity), spec.dtype)) for spec in executor.caches}
+        self.values = {
+            spec.name: executor.place(np.zeros(spec.extents(capacity), spec.dtype)) for spec in executor.caches
+        }
         self.binding = self.bound()
 
     def bound(self) -> Any:
@@ -184,7 +186,7 @@ class OnnxruntimeExecutor(Executor):
 
     def _run(self, ids: np.ndarray, rows: Sequence[int], state: OnnxruntimeState, binding: Any) -> np.ndarray:
         count = ids.size
-        inputs = {
+        inputs: dict[str, np.ndarray] = {
             "tokens": ids.astype(np.int64),
             "rows": np.array(rows, np.int64),
             "last": np.array([state.length + count - 1], np.int32),

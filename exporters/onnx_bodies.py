@@ -64,7 +64,7 @@ class Bodies:
 
     def step_inputs(self) -> None:
         """Add the inputs that say where the step begins, and make what all layers share of it."""
-        model, shape = self.model, self.shape
+        model, _shape = self.model, self.shape
         self.position = model.input("position", "I64", (1,))
         self.rows = model.input("rows", "I64", ("r",))
         count = model.op("Size", self.tokens)
@@ -147,7 +147,9 @@ class Bodies:
         def body(scope: Scope, x: Value, weight: Value) -> Value:
             return scope.op("MatMul", x, scope.op("Transpose", weight, perm=[1, 0]))
 
-        return self.model.call("linear", body, x, self.floats(self.model, matrix, list(matrix.parts.values()), self.kind))
+        return self.model.call(
+            "linear", body, x, self.floats(self.model, matrix, list(matrix.parts.values()), self.kind)
+        )
 
     def norm(self, x: Value, weight: Value, eps: float) -> Value:
         """Return RMSNorm(x) * weight of the residual stream ``x``."""
@@ -157,9 +159,7 @@ class Bodies:
 
         return self.model.call("rms_norm", body, x, weight, key=eps)
 
-    def add_norm(
-        self, residual: Value, delta: Value, weight: Value, scale: float, eps: float
-    ) -> tuple[Value, Value]:
+    def add_norm(self, residual: Value, delta: Value, weight: Value, scale: float, eps: float) -> tuple[Value, Value]:
         """Return the new residual stream ``residual + scale * delta``, and its norm."""
 
         def body(scope: Scope, residual: Value, delta: Value, weight: Value) -> tuple[Value, Value]:
@@ -207,7 +207,9 @@ class Bodies:
         ) -> tuple[Value, Value, Value]:  # fmt: skip
             q, new_k, new_v = (self.heads(scope, part, count) for part, count in self.split(scope, qkv))
             if norms:
-                q, new_k = (self.head_norm(scope, part, norm, eps) for part, norm in zip((q, new_k), norms, strict=True))
+                q, new_k = (
+                    self.head_norm(scope, part, norm, eps) for part, norm in zip((q, new_k), norms, strict=True)
+                )
             q, new_k = (scope.op("RotaryEmbedding", part, cos, sin) for part in (q, new_k))
             k = scope.op("TensorScatter", k, new_k, position, axis=2, mode="linear")
             v = scope.op("TensorScatter", v, new_v, position, axis=2, mode="linear")

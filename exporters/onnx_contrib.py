@@ -39,8 +39,8 @@ class ContribBodies(Bodies):
 
         def body(scope: Scope, tokens: Value, codes: Value, scales: Value, *zeros: Value) -> Value:
             rows = scope.op(
-                "GatherBlockQuantized", codes, tokens, self._scales(scope, table, scales, "F32"), *zeros, domain=CONTRIB,
-                gather_axis=0, quantize_axis=1, block_size=layout.block, bits=layout.bits,
+                "GatherBlockQuantized", codes, tokens, self._scales(scope, table, scales, "F32"), *zeros,
+                domain=CONTRIB, gather_axis=0, quantize_axis=1, block_size=layout.block, bits=layout.bits,
             )  # fmt: skip
             return rows if scale == 1 else scope.op("Mul", rows, scope.constant(scale, "F32"))
 
@@ -69,9 +69,7 @@ class ContribBodies(Bodies):
         """Return scales as a kernel wants them; the file holds them as the weight has them."""
         return scales if matrix.dtype == dtype else scope.cast(scales, dtype)
 
-    def add_norm(
-        self, residual: Value, delta: Value, weight: Value, scale: float, eps: float
-    ) -> tuple[Value, Value]:
+    def add_norm(self, residual: Value, delta: Value, weight: Value, scale: float, eps: float) -> tuple[Value, Value]:
         """Return the new residual stream, and its norm: one kernel."""
 
         def body(scope: Scope, residual: Value, delta: Value, weight: Value) -> tuple[Value, Value]:

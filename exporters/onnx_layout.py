@@ -1,14 +1,13 @@
 """How matrices lie in the weight file of an ONNX model, and the way there from their canonical form and back.
 
-"dense" is the matrix (N, K) as it is. "blocks" is what onnxruntime's MatMulNBits and GatherBlockQuantized read: codes of
-2, 4 or 8 bits in blocks of inputs, low bits first, and a code of zero in the middle of their range. "signed" is what
+"dense" is the matrix (N, K) as it is. "blocks" is what onnxruntime's MatMulNBits and GatherBlockQuantized read: codes
+of 2, 4 or 8 bits in blocks of inputs, low bits first, and a code of zero in the middle of their range. "signed" is what
 the standard DequantizeLinear reads: int8, or int4 with two codes to a byte. N is the output width, K the input width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 
@@ -23,6 +22,7 @@ from arkinfer.quant.packed import (
     unpack_crumbs,
     unpack_nibbles,
 )
+
 
 def pack(layout: Layout, rows: Packed) -> dict[str, torch.Tensor]:
     """Return what the file holds of some rows of a matrix, by part."""
@@ -43,7 +43,9 @@ def pack(layout: Layout, rows: Packed) -> dict[str, torch.Tensor]:
     return found
 
 
-def canonical(layout: Layout, name: str, group: int, shape: tuple[int, int], parts: Mapping[str, torch.Tensor]) -> Packed:
+def canonical(
+    layout: Layout, name: str, group: int, shape: tuple[int, int], parts: Mapping[str, torch.Tensor]
+) -> Packed:
     """Return rows in the canonical form of the format ``name``: what ``pack`` was given."""
     if layout.kind == "dense":
         return Packed("dense", 0, shape, parts["weight"])

@@ -17,10 +17,10 @@ from arkinfer.errors import InternalError
 from arkinfer.exporters.base import BuildOptions
 from arkinfer.exporters.onnx_bodies import Bodies, Matrix, Shape
 from arkinfer.exporters.onnx_contrib import ContribBodies
-from arkinfer.exporters.onnx_model import Model, Value
-from arkinfer.exporters.onnx_tensorrt import TensorrtBodies
-from arkinfer.exporters.onnx_outline import Layout, Tensor, layout_of, tensors, words
 from arkinfer.exporters.onnx_layout import rounds
+from arkinfer.exporters.onnx_model import Model, Value
+from arkinfer.exporters.onnx_outline import Layout, Tensor, layout_of, tensors, words
+from arkinfer.exporters.onnx_tensorrt import TensorrtBodies
 from arkinfer.exporters.onnx_weights import Stored
 from arkinfer.graph import ModelGraph, Node, Weight
 from arkinfer.quant.groups import activation_group

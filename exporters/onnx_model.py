@@ -66,7 +66,7 @@ class Scope:
     def constant(self, value: Any, dtype: str = "I64") -> Value:
         """Return a constant, a scalar or an array; equal ones are one value."""
         kinds = {"F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.int32, "BOOL": np.bool_}
-        array = np.asarray(value, kinds[dtype])
+        array: np.ndarray = np.asarray(value, kinds[dtype])
         key = (dtype, array.shape, array.tobytes())
         if key not in self._constants:
             self._constants[key] = self.op("Constant", value=ir.tensor(array))

@@ -13,6 +13,7 @@ from arkinfer.quant.groups import activation_group
 from arkinfer.targets import Target
 
 BITS = {"int8": 8, "int4": 4, "int2": 2, "ternary": 2}  # of a code
+_ITEM = {"fp32": 4, "fp16": 2, "int8": 1}  # bytes of a cached value
 LEAST = 16  # inputs that a group is a multiple of
 BLOCKS = (16, 32, 64, 128, 256)  # inputs in a block of onnxruntime's
 CRUMBS = (32, 64, 128)  # inputs in a block of 2-bit codes that onnxruntime multiplies in integers
@@ -45,9 +46,9 @@ def layout_of(weight: StoredMatrix, form: str, products: str) -> Layout:
     """Return how ``weight`` lies in the file for the consumer ``form``.
 
     ``products`` is what matrices are multiplied by: "int8" (activations rounded in groups, which the blocks equal where
-    onnxruntime has blocks of that size), "F32" or "F16". onnxruntime's kernels for processors that multiply floats by 2- and 8-bit codes are many times
-    slower than those for 4 bits: 2-bit codes are stored in 4 bits for them, and 8-bit codes multiplied out when the
-    model is opened.
+    onnxruntime has blocks of that size), "F32" or "F16". onnxruntime's kernels for processors are many times slower at
+    multiplying floats by 2- and 8-bit codes than by 4-bit ones: for them 2-bit codes are stored in 4 bits, and 8-bit
+    codes are multiplied out when the model is opened.
     """
     if weight.format == "dense":
         return Layout("dense")
@@ -95,9 +96,7 @@ def _codes(layout: Layout, rows: int, width: int) -> Tensor:
     return Tensor(TensorSpec("U8", (rows, width // 2)), "I4", (rows, width))
 
 
-def reasons(
-    config: ModelConfig, weights: Iterable[StoredMatrix], target: Target, options: BuildOptions
-) -> list[str]:
+def reasons(config: ModelConfig, weights: Iterable[StoredMatrix], target: Target, options: BuildOptions) -> list[str]:
     """Return one sentence per obstacle to running a model; empty if there is none."""
     found = []
     kv = "fp16" if narrow(target.arch) else "fp32"
@@ -134,6 +133,11 @@ class OnnxOutline:
         """Return the tensors that hold one matrix."""
         found = tensors(layout_of(weight, "onnxruntime", "int8"), weight.shape, dtype, zeros)
         return {part: tensor.spec for part, tensor in found.items()}
+
+    def caches(self, config: ModelConfig, kv: str, capacity: int) -> Mapping[str, int]:
+        """Return the bytes of the state tensors of all layers by name."""
+        nbytes = config.layers * config.kv_heads * config.head_dim * capacity * _ITEM[kv]
+        return {"k": nbytes, "v": nbytes}
 
     def native(self, operators: Mapping[str, int]) -> dict[str, int]:
         """Return those of ``operators`` that have a kernel of their own."""

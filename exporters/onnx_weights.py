@@ -114,7 +114,7 @@ def _tensors(
         digest.update(array_of(whole).data)
         yield unit[0], [array_of(whole)]
         return
-    first = unit[0].part
+    leading = unit[0].part
     later: dict[str, list[np.ndarray]] = {item.part: [] for item in unit[1:]}
 
     def codes() -> Iterator[np.ndarray]:
@@ -125,7 +125,7 @@ def _tensors(
             packed["words"] = packed["weight"]
             for part, pieces in later.items():
                 pieces.append(array_of(packed[part]))
-            yield array_of(packed[first])
+            yield array_of(packed[leading])
 
     yield unit[0], codes()
     for item in unit[1:]:
@@ -172,9 +172,9 @@ class ArtifactWeights:
         pieces = []
         for start in range(0, weight.shape[0], ROWS):
             stop = min(start + ROWS, weight.shape[0])
-            rows = {part: layouts.cut(layout, part, tensor, blocks, start, stop) for part, tensor in parts.items()}
+            cut = {part: layouts.cut(layout, part, tensor, blocks, start, stop) for part, tensor in parts.items()}
             shape = (stop - start, weight.shape[1])
-            pieces.append(layouts.canonical(layout, weight.format, weight.group, shape, rows))
+            pieces.append(layouts.canonical(layout, weight.format, weight.group, shape, cut))
             _add(digest, pieces[-1])
         self._origins.check(f"{weight.name}:{codes}", weight, lambda: digest)
         whole = concatenate(pieces)

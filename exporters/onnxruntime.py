@@ -1,4 +1,4 @@
-"""The exporter of the onnxruntime backend: an ONNX model with that runtime's own operators, weights in a file beside it.
+"""The exporter of the onnxruntime backend: an ONNX model with that runtime's own operators, weights beside it.
 
 On processors values between operators are float32: onnxruntime's kernels for float16 there convert to float32 and
 back, and the parity gate of float32 is the sharpest. On GPUs they are float16, the residual stream excepted.

@@ -36,7 +36,7 @@ def rows(name: str, folder: Path) -> list[str]:
 
 def _evidence(artifact: Artifact, level: str) -> str:
     today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
-    if artifact.manifest.backend == "cuda":
+    if level.startswith("sm_"):
         return _on_gpu(artifact, level, today)
     if level not in probe.isa_levels():
         return f"compiled | {MODEL} built {today}"
@@ -59,7 +59,8 @@ def _on_gpu(artifact: Artifact, level: str, today: str) -> str:
     device = probe.gpu()
     if report.evidence == "ran" and device is not None:
         return f"ran | {MODEL} verified over {report.positions:,} positions, {device.name}, {today}"
-    how = f"no GPU: plan of {MODEL} interpreted on a CPU, verified over {report.positions:,} positions, {today}"
+    shown = report.evidence.removeprefix("compiled, ")
+    how = f"no GPU: {shown}, {MODEL} verified over {report.positions:,} positions, {today}"
     return f"compiled | {how}"
 
 

@@ -36,8 +36,13 @@ PACKAGES: Mapping[str, str] = {
 BACKEND_PACKAGES: Mapping[str, Mapping[str, str]] = {
     "tvm": {"apache-tvm": "run", "apache-tvm-ffi": "run", "ziglang": "build"},
     "cuda": {"cuda-bindings": "target", "triton": "build"},
+    "onnxruntime": {"onnx": "build", "onnx-ir": "build"},
 }
-_BUILD = {"tvm": "pip install 'arkinfer[build]'", "cuda": "pip install 'arkinfer[build,cuda-build]'"}
+_BUILD = {
+    "tvm": "pip install 'arkinfer[build]'",
+    "cuda": "pip install 'arkinfer[build,cuda-build]'",
+    "onnxruntime": "pip install 'arkinfer[build,onnx-build]'",
+}
 _COMPARE: Mapping[str, Callable[[tuple[int, ...], tuple[int, ...]], bool]] = {
     "==": operator.eq,
     "!=": operator.ne,
@@ -122,7 +127,8 @@ def _system() -> list[Finding]:
 
 def _packages(target: Target) -> list[Finding]:
     findings = []
-    for name, purpose in {**PACKAGES, **BACKEND_PACKAGES.get(target.backend, {})}.items():
+    named = dict.fromkeys(target.toolchain, "target") if target.backend == "onnxruntime" else {}
+    for name, purpose in {**PACKAGES, **BACKEND_PACKAGES.get(target.backend, {}), **named}.items():
         try:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -140,7 +146,8 @@ def _packages(target: Target) -> list[Finding]:
 def _fix(target: Target, purpose: str) -> str:
     if purpose == "build":
         return _BUILD.get(target.backend, _BUILD["tvm"])
-    return f"pip install 'arkinfer[runtime,{target.backend}]'"
+    extra = next(iter(target.toolchain), "") if target.backend == "onnxruntime" else target.backend
+    return f"pip install 'arkinfer[runtime,{extra}]'"
 
 
 def _within(version: str, wanted: str) -> bool:
@@ -157,8 +164,8 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _tools(target: Target) -> list[Finding]:
-    if target.backend == "cuda":
-        return [_driver()]
+    if target.backend != "tvm":
+        return [_driver()] if any(level.startswith("sm_") for level in target.arch) else []
     linker = importlib.util.find_spec("ziglang") is not None
     package = importlib.util.find_spec("tvm")
     roots = list(package.submodule_search_locations or ()) if package is not None else []

@@ -32,6 +32,7 @@ OWNERS = {
     "arkinfer/checkpoint/hub.py": {"huggingface_hub"},
     "arkinfer/pipeline.py": {"tokenizers"},  # asks whether a tokenizer adds BOS itself
     "backends/cuda_driver.py": {"cuda"},
+    "backends/onnxruntime.py": {"onnxruntime"},
     "backends/tvm.py": {"tvm_ffi"},
     "exporters/tvm.py": {"torch"},  # states its version
     "exporters/stored.py": {"torch"},  # tensors as arrays and back
@@ -41,6 +42,11 @@ OWNERS = {
     "exporters/cuda_lowering.py": {"torch"},  # walks the graph, which is torch.fx's
     "exporters/lowering.py": {"torch"},  # walks the graph, which is torch.fx's
     "exporters/linker.py": {"ziglang"},
+    "exporters/onnx_layout.py": {"torch"},  # lays weights out as tensors
+    "exporters/onnx_lowering.py": {"torch"},  # walks the graph, which is torch.fx's
+    "exporters/onnx_model.py": {"onnx_ir"},
+    "exporters/onnx_weights.py": {"torch"},  # reads weights as tensors
+    "exporters/onnxruntime.py": {"torch"},  # states its version
     "exporters/relax.py": {"tvm"},
     "exporters/kernels/tir/source.py": {"tvm"},
     "exporters/kernels/triton/device/language.py": {"triton"},

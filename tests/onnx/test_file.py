@@ -102,7 +102,9 @@ def test_it_reads_what_onnx_reads(floats: Artifact) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_damaged_files_are_refused_or_read(floats: Artifact, tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
+def test_damaged_files_are_refused_or_read(
+    floats: Artifact, tmp_path_factory: pytest.TempPathFactory, data: Any
+) -> None:
     """Whatever the bytes: an answer or an ArtifactError, in bounded time."""
     content = bytearray(floats.file("model.onnx").read_bytes())
     for _ in range(data.draw(st.integers(1, 5))):

@@ -44,7 +44,12 @@ def test_what_is_packed_comes_back(data: Any) -> None:
         draw((rows, count), 0, 1 << BITS[name], torch.uint8) if zeros else None,
     )
     weight = Weight("w", ("w",), (rows, width), format=name, group=group, zeros=zeros)
-    for form, products in (("onnxruntime", "int8"), ("onnxruntime", "F32"), ("onnxruntime", "F16"), ("tensorrt", "F16")):
+    for form, products in (
+        ("onnxruntime", "int8"),
+        ("onnxruntime", "F32"),
+        ("onnxruntime", "F16"),
+        ("tensorrt", "F16"),
+    ):
         layout = layout_of(weight, form, products)
         parts = onnx_layout.pack(layout, packed)
         specs = tensors(layout, (rows, width), "F16", zeros)

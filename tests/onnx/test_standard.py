@@ -1,4 +1,4 @@
-"""Models of standard operators alone: in onnxruntime they equal the reference, and TensorRT-RTX builds them."""
+"""Models of standard operators alone: in onnxruntime they compute what the reference computes."""
 
 from __future__ import annotations
 
@@ -37,4 +37,5 @@ def test_standard_operators_compute_the_same(
     gate = parity.GATES["float" if form == "portable" else "fp16"]
     kl = parity.divergence(right, logits)
     assert kl.mean() <= gate.mean_kl and kl.max() <= gate.max_kl
-    assert parity.agreement(right, logits).mean() >= gate.top1
+    best = np.partition(right, -2, axis=1)[:, -2:]
+    assert (parity.agreement(right, logits) | (best[:, 1] - best[:, 0] < gate.margin)).all()
