@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from arkinfer.artifact.tensors import TensorSpec
 from arkinfer.config import ModelConfig
 from arkinfer.exporters.base import BuildOptions, StoredMatrix
-from arkinfer.exporters.outline import ABSORBED
+from arkinfer.exporters.outline import ABSORBED, CpuOutline
 from arkinfer.quant.groups import activation_group
+from arkinfer.structure import Structure
 from arkinfer.targets import Target
 
 BITS = {"int8": 8, "int4": 4, "int2": 2, "ternary": 2}  # of a code
@@ -138,6 +139,10 @@ class OnnxOutline:
         """Return the bytes of the state tensors of all layers by name."""
         nbytes = config.layers * config.kv_heads * config.head_dim * capacity * _ITEM[kv]
         return {"k": nbytes, "v": nbytes}
+
+    def workspace(self, structure: Structure, context: int) -> int:
+        """Return the bytes of inner values of a prompt's step, in float32, and of the rotation tables."""
+        return CpuOutline().workspace(structure, context) + 4 * context * structure.config.head_dim
 
     def native(self, operators: Mapping[str, int]) -> dict[str, int]:
         """Return those of ``operators`` that have a kernel of their own."""
