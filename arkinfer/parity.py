@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from arkinfer.backends.base import Rows
-from arkinfer.errors import ParityError
+from arkinfer.errors import ParityError, UnsupportedError
 from arkinfer.reference import Reference
 
 Progress = Callable[[str, int, int], None]
@@ -285,9 +285,15 @@ def compare(
 
 
 def locate(executor: Stepper, reference: Reference, tokens: Sequence[int]) -> str | None:
-    """Return the first layer whose residual stream is wrong, judged by the jump of its relative error."""
+    """Return the first layer whose residual stream is wrong, judged by the jump of its relative error.
+
+    None also where ``executor`` shows no inner values.
+    """
     theirs, ours = executor.new_state(len(tokens)), reference.new_state(len(tokens))
-    got = executor.trace(tokens, theirs)
+    try:
+        got = executor.trace(tokens, theirs)
+    except UnsupportedError:
+        return None
     right = reference.trace(tokens, ours, reference.residuals())
     previous = 1e-6
     for name, value in right.items():

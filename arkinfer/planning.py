@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from arkinfer import estimate, exporters, structure, targets
+from arkinfer import alternatives, estimate, exporters, structure, targets
 from arkinfer.amounts import size
 from arkinfer.artifact import staging
 from arkinfer.artifact.tensors import ITEM_BYTES, TensorSpec
@@ -398,7 +398,7 @@ class _Draft:
                 checkpoint, sizes.stored, memory.weights, sizes.work(), self.target, rates, self.sizes.recipe.method
             ),
             ladder=() if fits is not False or available is None else tuple(self._ladder(memory.total, available)),
-            notes=(*config.notes, *self._notes()),
+            notes=(*config.notes, *self._notes(), *self._alternatives()),
         )
 
     def _notes(self) -> list[str]:
@@ -412,6 +412,15 @@ class _Draft:
                 "the weights were not fetched, so whether they are ternary is unknown: --weights ternary plans for that"
             ]
         return []
+
+    def _alternatives(self) -> list[str]:
+        def look(other: Target) -> tuple[int, Sequence[str]]:
+            sizes = _Sizes(self.checkpoint.config, self.recipe, other)
+            config, options = self.checkpoint.config, self.asked.options
+            refused = sizes.outline.reasons(config, sizes.matrices(), other, options) if sizes.outline else ()
+            return sizes.linear_bytes(), refused
+
+        return alternatives.sentences(self.target, look, self.sizes.by_format())
 
     def _depths(self) -> list[int]:
         context = self.asked.options.context

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from arkinfer.errors import ArtifactError, nearest
@@ -10,12 +11,16 @@ from arkinfer.errors import ArtifactError, nearest
 if TYPE_CHECKING:
     from arkinfer.artifact import Artifact
     from arkinfer.backends.base import Executor
+    from arkinfer.backends.tensorrt_finish import Finished
 
 BACKENDS = {
     "cuda": "arkinfer.backends.cuda:open",
     "onnxruntime": "arkinfer.backends.onnxruntime:open",
+    "tensorrt": "arkinfer.backends.tensorrt:open",
     "tvm": "arkinfer.backends.tvm:open",
 }
+# What is built on the device, for backends that have such a thing.
+FINISHERS = {"tensorrt": "arkinfer.backends.tensorrt_finish:finish"}
 
 
 def open(artifact: Artifact, threads: int | None = None, attention: str | None = None) -> Executor:
@@ -36,3 +41,21 @@ def open(artifact: Artifact, threads: int | None = None, attention: str | None =
     module, function = BACKENDS[name].split(":")
     executor: Executor = getattr(importlib.import_module(module), function)(artifact, threads, attention)
     return executor
+
+
+def finish(
+    artifact: Artifact,
+    say: Callable[[str], None] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+    force: bool = False,
+) -> Finished | None:
+    """Build on this device what cannot be built elsewhere, unless it is there and ``force`` is false.
+
+    Returns None for an artifact that runs as it is. ``say`` is told in a sentence when work begins. Raises whatever the
+    backend raises when it cannot run here.
+    """
+    if artifact.manifest.backend not in FINISHERS:
+        return None
+    module, function = FINISHERS[artifact.manifest.backend].split(":")
+    finished: Finished | None = getattr(importlib.import_module(module), function)(artifact, say, progress, force)
+    return finished

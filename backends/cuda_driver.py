@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from arkinfer.targets import probe
 
 ALIGNMENT = 256  # bytes; what cuMemAlloc promises
 SHARED_DEFAULT = 48 << 10  # bytes of shared memory that a launch may have without asking for more
+BLOCK = 64  # contexts are whole attention blocks
+COPIED, COPIES = 256 << 20, 8  # bytes, far more than a cache holds, and times that they are copied for one measurement
 _TYPES = {"pointer": ctypes.c_void_p, "int32": ctypes.c_int32}
 
 
@@ -36,7 +39,7 @@ def present_gpu(levels: Sequence[str], target: str) -> probe.Gpu:
     raise UnsupportedError(
         "this artifact needs an NVIDIA GPU, and this machine has none that can be used",
         facts={"made for": f"{target} ({', '.join(levels)})", "NVIDIA driver": driver},
-        hint="run it on such a machine, or here: arkinfer verify NAME.ark runs its plan on the CPU\n"
+        hint="run it on such a machine, or here: arkinfer verify NAME.ark compares it with the reference on the CPU\n"
         "arkinfer build MODEL --target cpu",
         code="ARK-E341",
     )
@@ -161,6 +164,25 @@ class Driver:
         """Release a captured graph."""
         self.call("cuGraphExecDestroy", executable)
 
+    def measure_copying(self, seconds: float) -> float:
+        """Measure for about ``seconds`` how fast memory is copied on the device: bytes read and written, in bytes/s."""
+        self.current()
+        size = min(COPIED, self.free_memory() // 4)
+        blocks = [self.allocate(size) for _ in range(2)]
+        best, stop = 0.0, time.monotonic() + seconds
+        try:
+            while not best or time.monotonic() < stop:
+                self.wait()
+                start = time.perf_counter()
+                for _ in range(COPIES):
+                    self.copy(blocks[0], blocks[1], size)
+                self.wait()
+                best = max(best, 2 * COPIES * size / (time.perf_counter() - start))
+        finally:
+            for block in blocks:
+                self.free(block)
+        return best
+
     def close(self) -> None:
         """Free all memory, code and the context."""
         self.current()
@@ -172,6 +194,25 @@ class Driver:
         self._modules = []
         self.call("cuStreamDestroy", self.stream)
         self.call("cuDevicePrimaryCtxRelease", self.device)
+
+
+def require_memory(driver: Driver, fixed: int, cache: int, context: int) -> None:
+    """Raise UnsupportedError if ``fixed`` and ``cache`` bytes, the caches of ``context`` tokens, are not free."""
+    free = driver.free_memory()
+    if fixed + cache <= free:
+        return
+    largest = max(0, free - fixed) * context // max(1, cache) // BLOCK * BLOCK
+    raise UnsupportedError(
+        "the GPU has too little free memory for this artifact",
+        facts={
+            "needed": f"{fixed + cache:,} bytes",
+            "free": f"{free:,} bytes",
+            "context": f"{context:,} tokens",
+            "context that would fit": f"{largest:,} tokens" if largest else "none: the weights alone are too large",
+        },
+        hint=f"arkinfer build MODEL --context {largest}" if largest else "arkinfer build MODEL --weights int4",
+        code="ARK-E343",
+    )
 
 
 def places(sizes: Mapping[str, int]) -> tuple[dict[str, int], int]:

@@ -135,9 +135,13 @@ class OnnxruntimeExecutor(Executor):
         frequencies = np.array([float.fromhex(value) for value in rope["inverse_frequencies"]], np.float32)
         rotation = tables(frequencies, float.fromhex(rope["magnitude"]), 0, self.max_context)
         kind = plan["activations"]
+        self._inputs = {
+            each.name for each in self.session.get_inputs()
+        }  # models in standard operators rotate by themselves
         self.constants = {
             name: self.place(np.ascontiguousarray(table, kind))
             for name, table in zip(("cos", "sin"), rotation, strict=True)
+            if name in self._inputs
         }
         self._traced: dict[str, np.ndarray] = {}
 
@@ -189,10 +193,13 @@ class OnnxruntimeExecutor(Executor):
         inputs: dict[str, np.ndarray] = {
             "tokens": ids.astype(np.int64),
             "rows": np.array(rows, np.int64),
+            "position": np.array([state.length], np.int64),
             "last": np.array([state.length + count - 1], np.int32),
             "total": np.array(state.length + count, np.int32),
         }
         for name, array in inputs.items():
+            if name not in self._inputs:
+                continue
             binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         found = np.empty((len(rows), self.vocab_size), np.float32)
         binding.bind_output("logits", "cpu", 0, found.dtype, found.shape, found.ctypes.data)
@@ -203,6 +210,8 @@ class OnnxruntimeExecutor(Executor):
     def trace(self, tokens: Sequence[int], state: State) -> Mapping[str, np.ndarray]:
         """Run ``tokens`` like ``step`` and keep the residual stream after every layer for ``tap``."""
         assert isinstance(state, OnnxruntimeState)
+        if not self.plan["taps"]:
+            return super().trace(tokens, state)
         ids, binding = self.check(tokens, state), state.bound()
         hidden = next(each.shape[-1] for each in self.session.get_outputs() if each.name in self.plan["taps"])
         found = {name: np.empty((1, ids.size, hidden), np.float32) for name in self.plan["taps"]}

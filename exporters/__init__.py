@@ -14,12 +14,14 @@ if TYPE_CHECKING:
 EXPORTERS = {
     "cuda": "arkinfer.exporters.cuda:CudaExporter",
     "onnxruntime": "arkinfer.exporters.onnxruntime:OnnxruntimeExporter",
+    "tensorrt": "arkinfer.exporters.tensorrt:TensorRtExporter",
     "tvm": "arkinfer.exporters.tvm:TvmExporter",
 }
 # What `plan` asks instead: they load no compiler.
 OUTLINES = {
     "cuda": "arkinfer.exporters.cuda_outline:CudaOutline",
     "onnxruntime": "arkinfer.exporters.onnx_outline:OnnxOutline",
+    "tensorrt": "arkinfer.exporters.tensorrt_outline:TensorRtOutline",
     "tvm": "arkinfer.exporters.outline:CpuOutline",
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from arkinfer.errors import InternalError
 from arkinfer.exporters.onnx_bodies import Bodies, Matrix
 from arkinfer.exporters.onnx_model import Scope, Value
@@ -44,3 +46,13 @@ class TensorrtBodies(Bodies):
             return rows if scale == 1 else scope.op("Mul", rows, scope.constant(scale, "F32"))
 
         return self.model.call(f"embedding_{table.name}", body, self.tokens, *table.parts.values(), key=scale)
+
+    def rotation(self, frequencies: Sequence[float]) -> None:
+        """Make cosines and sines, and a mask of float16 to be added.
+
+        With one of booleans TensorRT for RTX 1.7.1 names two operators alike, and fails, where a profile is of a few
+        tokens.
+        """
+        super().rotation(frequencies)
+        model = self.model
+        self.mask = model.op("Where", self.mask, model.constant(0, "F16"), model.constant(-65504, "F16"))

@@ -76,7 +76,7 @@ class OnnxruntimeExporter:
         lowered = lowering.run()
         origins = onnx_weights.write(lowering.stored, lowering.layout, weights, path(WEIGHTS), journal, progress)
         lowered.save(path(MODEL), onnx_weights.places(lowering.stored))
-        plan = _plan(model, lowering, options)
+        plan = plan_of(model, lowering, options)
         path("payload/plan.json").write_text(json.dumps(plan, sort_keys=True, indent=1) + "\n", encoding="utf-8")
         toolchain = {tool: metadata.version(tool) for tool in TOOLS}
         return Payload(
@@ -100,7 +100,7 @@ class OnnxruntimeExporter:
         return StandIn(on_processor(artifact), "compiled, run by onnxruntime on a processor")
 
 
-def _plan(model: ModelGraph, lowering: Lowering, options: BuildOptions) -> dict[str, Any]:
+def plan_of(model: ModelGraph, lowering: Lowering, options: BuildOptions) -> dict[str, Any]:
     """Return what the backend needs to know that is not in the model."""
     config = model.config
     matrices = [model.weight_of(node) for node in formats.linears(model)]
@@ -108,7 +108,13 @@ def _plan(model: ModelGraph, lowering: Lowering, options: BuildOptions) -> dict[
     read = sum(item.spec.nbytes for item in lowering.stored.values() if item.weight.name in names)
     activations = lowering.shape.activations
     frequencies = next(iter(model.constants.values())).float().tolist()
-    cache = {"dtype": _DTYPES[activations], "shape": [1, config.kv_heads, -1, config.head_dim], "stride": 1, "pack": 1}
+    capacity = lowering.shape.capacity if isinstance(lowering.shape.capacity, int) else -1
+    cache = {
+        "dtype": _DTYPES[activations],
+        "shape": [1, config.kv_heads, capacity, config.head_dim],
+        "stride": 1,
+        "pack": 1,
+    }
     return {
         "format": PLAN_FORMAT,
         "provider": "cuda" if activations == "F16" else "cpu",
@@ -119,7 +125,7 @@ def _plan(model: ModelGraph, lowering: Lowering, options: BuildOptions) -> dict[
         "model": MODEL,
         "weights": WEIGHTS,
         "caches": [{**cache, "name": f"layers.{layer}.{name}"} for layer in range(config.layers) for name in "kv"],
-        "taps": list(model.residuals().values()),
+        "taps": list(model.residuals().values()) if lowering.taps else [],
         "rope": {
             "inverse_frequencies": [value.hex() for value in frequencies],
             "magnitude": float(config.rope.magnitude(config.max_context)).hex(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 import sys
 import threading
 import time
@@ -26,6 +27,7 @@ LEVELS: Mapping[str, tuple[str, ...]] = {
 }
 # The same features as macOS names them in hw.optional.arm.
 _APPLE = {"asimddp": "FEAT_DotProd", "fphp": "FEAT_FP16", "asimdhp": "FEAT_FP16", "i8mm": "FEAT_I8MM"}
+_JETPACK: Mapping[str, str] = {"35": "5", "36": "6", "38": "7", "39": "7"}  # release of L4T -> of JetPack
 _CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 
 
@@ -236,3 +238,16 @@ def _control_group_limit() -> int:
         return max(0, int(limit) - used)
     except (OSError, ValueError):  # no control group, version 1, or "max"
         return 1 << 62
+
+
+def jetson() -> str | None:
+    """Return the release of a Jetson's system, such as "L4T 36.4.3 (JetPack 6)", or None on other machines."""
+    try:
+        text = Path("/etc/nv_tegra_release").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    match = re.match(r"# R([0-9]+) \(release\), REVISION: ([0-9.]+)", text)
+    if match is None:
+        return "L4T of an unknown release"
+    jetpack = _JETPACK.get(match[1])
+    return f"L4T {match[1]}.{match[2]}" + (f" (JetPack {jetpack})" if jetpack else "")

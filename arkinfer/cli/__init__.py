@@ -20,6 +20,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 COMMANDS = {
     "plan": "Say what a build would take, and whether it fits.",
     "build": "Compile a model for a target into an artifact.",
+    "finish": "Build on this device what cannot be built elsewhere.",
     "run": "Answer one prompt.",
     "chat": "Talk with a model.",
     "verify": "Compare an artifact with the reference.",

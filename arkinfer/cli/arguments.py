@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
     from arkinfer.artifact import Artifact
+    from arkinfer.backends.tensorrt_finish import Finished
 
 Function = TypeVar("Function", bound=Callable[..., object])
 ATTENTION = click.Choice(["auto", "dense", "sparse"])
@@ -157,6 +158,15 @@ def open_artifact(place: str, check: str = "auto") -> Artifact:
 
     with Progress(patience=1.0) as progress:
         return Artifact.open(place, check, progress)
+
+
+def finish(artifact: Artifact, force: bool = False) -> Finished | None:
+    """Build on this device what is left to build of ``artifact``, saying so; None where nothing ever is."""
+    from arkinfer import backends
+    from arkinfer.cli.progress import Progress
+
+    with Progress() as progress:
+        return backends.finish(artifact, lambda line: click.echo(line, err=True), progress, force)
 
 
 def print_json(value: object) -> None:

@@ -84,6 +84,7 @@ def command(
     from arkinfer import backends
 
     artifact = arguments.open_artifact(place)
+    arguments.finish(artifact)
     executor = backends.open(artifact, threads, attention)
     try:
         tests = _tests(executor.max_context, prompts, answers, depths)

@@ -52,6 +52,7 @@ def command(
     from arkinfer.runtime.engine import open_engine
 
     artifact = arguments.open_artifact(place)
+    arguments.finish(artifact)
     with open_engine(artifact, threads, attention) as engine:
         click.echo(f"{artifact.manifest.name}: {arguments.parity_sentence(artifact)}", err=True)
         click.echo("/help shows the commands.", err=True)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import operator
 import platform
-import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -37,19 +35,16 @@ BACKEND_PACKAGES: Mapping[str, Mapping[str, str]] = {
     "tvm": {"apache-tvm": "run", "apache-tvm-ffi": "run", "ziglang": "build"},
     "cuda": {"cuda-bindings": "target", "triton": "build"},
     "onnxruntime": {"onnx": "build", "onnx-ir": "build"},
+    "tensorrt": {"cuda-bindings": "target", "onnx": "build", "onnx-ir": "build", "onnxruntime": "build"},
 }
+# Backends that come as one of several packages: the target names which. One of them builds, too.
+_NAMED = ("onnxruntime", "tensorrt")
+_BUILDS = ("tensorrt-rtx",)
 _BUILD = {
     "tvm": "pip install 'arkinfer[build]'",
     "cuda": "pip install 'arkinfer[build,cuda-build]'",
     "onnxruntime": "pip install 'arkinfer[build,onnx-build]'",
-}
-_COMPARE: Mapping[str, Callable[[tuple[int, ...], tuple[int, ...]], bool]] = {
-    "==": operator.eq,
-    "!=": operator.ne,
-    ">=": operator.ge,
-    "<=": operator.le,
-    ">": operator.gt,
-    "<": operator.lt,
+    "tensorrt": "pip install 'arkinfer[build,onnx-build,onnxruntime,tensorrt-rtx]'",
 }
 
 
@@ -126,46 +121,38 @@ def _system() -> list[Finding]:
 
 
 def _packages(target: Target) -> list[Finding]:
+    from arkinfer.targets.versions import within
+
     findings = []
-    named = dict.fromkeys(target.toolchain, "target") if target.backend == "onnxruntime" else {}
+    listed = target.toolchain if target.backend in _NAMED else ()
+    named = {name: "build" if name in _BUILDS else "target" for name in listed}
     for name, purpose in {**PACKAGES, **BACKEND_PACKAGES.get(target.backend, {}), **named}.items():
         try:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:
-            findings.append(Finding(name, "not installed", "missing", purpose, _fix(target, purpose)))
+            findings.append(Finding(name, "not installed", "missing", purpose, _fix(target, purpose, name)))
             continue
         wanted = target.toolchain.get(name, "")
-        if wanted and not _within(version, wanted):
-            fix = f"pip install '{name}{wanted}'"
+        if wanted and not within(version, wanted):
+            fix = "install JetPack 7.2 or newer" if name == "tensorrt" else f"pip install '{name}{wanted}'"
             findings.append(Finding(name, f"{version}, but the target wants {wanted}", "missing", purpose, fix))
         else:
             findings.append(Finding(name, version, "ok", purpose))
     return findings
 
 
-def _fix(target: Target, purpose: str) -> str:
+def _fix(target: Target, purpose: str, name: str = "") -> str:
+    if name == "tensorrt":
+        return "on the device: sudo apt install python3-libnvinfer, and python3 -m venv --system-site-packages"
     if purpose == "build":
         return _BUILD.get(target.backend, _BUILD["tvm"])
-    extra = next(iter(target.toolchain), "") if target.backend == "onnxruntime" else target.backend
+    extra = next(iter(target.toolchain), "") if target.backend in _NAMED else target.backend
     return f"pip install 'arkinfer[runtime,{extra}]'"
-
-
-def _within(version: str, wanted: str) -> bool:
-    """Return whether ``version`` satisfies every part of a range such as ">=10.3,<10.8"."""
-    for part in wanted.split(","):
-        match = re.fullmatch(r"\s*(==|!=|>=|<=|>|<)\s*([0-9][\w.+!-]*)\s*", part)
-        if match and not _COMPARE[match[1]](_numbers(version), _numbers(match[2])):
-            return False
-    return True
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(digits) for digits in re.findall(r"\d+", version.partition("+")[0]))
 
 
 def _tools(target: Target) -> list[Finding]:
     if target.backend != "tvm":
-        return [_driver()] if any(level.startswith("sm_") for level in target.arch) else []
+        return [*_board(), _driver()] if any(level.startswith("sm_") for level in target.arch) else []
     linker = importlib.util.find_spec("ziglang") is not None
     package = importlib.util.find_spec("tvm")
     roots = list(package.submodule_search_locations or ()) if package is not None else []
@@ -186,6 +173,13 @@ def _tools(target: Target) -> list[Finding]:
             "" if library else _fix(target, "run"),
         ),
     ]
+
+
+def _board() -> list[Finding]:
+    from arkinfer.targets import probe
+
+    release = probe.jetson()
+    return [] if release is None else [Finding("Jetson", release, "ok")]
 
 
 def _driver() -> Finding:

@@ -60,6 +60,7 @@ def command(
     from arkinfer.runtime.engine import open_engine
 
     artifact = arguments.open_artifact(place)
+    arguments.finish(artifact)
     with open_engine(artifact, threads, attention) as engine:
         prompt = _prompt(engine, prompt_text, system, raw)
         result = _generate(engine, prompt, {**options, "stop": list(stop)}, quiet=as_json)

@@ -141,14 +141,13 @@ def test_plan_and_build_refuse_alike(arkinfer: Arkinfer, tmp_path: Path) -> None
     assert planned["refused"] == list(json.loads(built.out)["error"]["facts"].values())
 
 
-def test_a_target_without_exporter_is_refused_but_counted(arkinfer: Arkinfer, tmp_path: Path) -> None:
+def test_a_target_that_cannot_be_built_for_is_refused_but_counted(arkinfer: Arkinfer, tmp_path: Path) -> None:
     target = board(tmp_path, "backend: tensorrt\narch: [sm_87]\nmemory: 8 GiB\nbandwidth: 204.8 GB/s")
     done = arkinfer("plan", "tiny-minicpm", "--target", target, "--json")
     assert done.status == 3
     facts = json.loads(done.out)
-    assert "no exporter" in facts["refused"][0]
+    assert "toolchain names none of tensorrt" in facts["refused"][0]
     assert facts["memory"]["weights"] > 2_500_000
-    assert facts["native"] == {}
 
 
 def test_faster_machines_are_faster_and_deeper_contexts_are_slower() -> None:

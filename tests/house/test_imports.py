@@ -30,10 +30,12 @@ LIBRARIES = {
 OWNERS = {
     "arkinfer/checkpoint/gguf_blocks.py": {"gguf"},
     "arkinfer/checkpoint/hub.py": {"huggingface_hub"},
+    "arkinfer/artifact/tensorrt.py": {"tensorrt", "tensorrt_rtx"},
     "arkinfer/pipeline.py": {"tokenizers"},  # asks whether a tokenizer adds BOS itself
     "backends/cuda_driver.py": {"cuda"},
     "backends/onnxruntime.py": {"onnxruntime"},
     "backends/tvm.py": {"tvm_ffi"},
+    "exporters/tensorrt.py": {"torch"},  # states its version
     "exporters/tvm.py": {"torch"},  # states its version
     "exporters/stored.py": {"torch"},  # tensors as arrays and back
     "exporters/weights.py": {"torch"},  # reads weights as tensors
@@ -77,6 +79,7 @@ LIGHT = (
     "arkinfer/config.py",
     "arkinfer/errors.py",
     "arkinfer/quant/groups.py",
+    "arkinfer/alternatives.py",
     "arkinfer/effort.py",
     "arkinfer/estimate.py",
     "arkinfer/options.py",

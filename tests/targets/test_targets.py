@@ -91,10 +91,10 @@ def test_missing_file(tmp_path: Path) -> None:
         targets.load(tmp_path / "none.yaml")
 
 
-def test_backend_without_an_exporter_is_refused_by_name(read: Read) -> None:
-    target = read("backend: tensorrt\ndescription: A Jetson\narch: [sm_87]\n")
-    with pytest.raises(UnsupportedError, match="tensorrt"):
-        exporters.get(target.backend)
+def test_every_backend_of_the_schema_has_an_exporter() -> None:
+    assert set(exporters.EXPORTERS) == set(exporters.OUTLINES) == set(schema.BACKENDS)
+    with pytest.raises(UnsupportedError, match="abacus"):
+        exporters.get("abacus")
 
 
 WRONG: dict[str, tuple[str | bytes, int, str]] = {
