@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib import metadata
@@ -22,6 +22,7 @@ from arkinfer.exporters.base import BuildOptions, Payload, Progress, StandIn
 from arkinfer.exporters.cuda_lowering import Lowering
 from arkinfer.exporters.kernels import triton as kernels
 from arkinfer.exporters.kernels.triton.cubin import Cubin, Job, compile_all
+from arkinfer.exporters.kernels.triton.kernel import SHARED_LIMIT
 from arkinfer.graph import ModelGraph
 from arkinfer.passes import formats
 from arkinfer.reference import RowSource, WeightSource
@@ -73,6 +74,7 @@ class CudaExporter:
             progress("compile", 0, len(jobs))
             cubins = compiling.result()
             progress("compile", len(jobs), len(jobs))
+        _check_shared(jobs, cubins)
         plan = _with_images(plan, dict(zip(map(_key, jobs), cubins, strict=True)), path)
         path("payload/plan.json").write_text(plan.to_json(), encoding="utf-8")
         path("payload/plan.txt").write_text(plan.dump(), encoding="utf-8")
@@ -95,6 +97,23 @@ class CudaExporter:
 
 def _key(job: Job) -> tuple[str, str, str]:
     return job.name, json.dumps(job.options, sort_keys=True), job.arch
+
+
+def _check_shared(jobs: Sequence[Job], cubins: Sequence[Cubin]) -> None:
+    """Raise UnsupportedError for a kernel whose block asks for more shared memory than an architecture has."""
+    for job, cubin in zip(jobs, cubins, strict=True):
+        if cubin.shared > SHARED_LIMIT[job.arch]:
+            raise UnsupportedError(
+                "a kernel needs more shared memory than the GPU has for a block",
+                facts={
+                    "kernel": job.name,
+                    "level": job.arch,
+                    "needed": f"{cubin.shared:,} bytes",
+                    "limit": f"{SHARED_LIMIT[job.arch]:,} bytes",
+                },
+                hint="report this with the model's config.json",
+                code="ARK-E323",
+            )
 
 
 def _with_images(plan: Plan, cubins: Mapping[tuple[str, str, str], Cubin], path: Callable[[str], Path]) -> Plan:

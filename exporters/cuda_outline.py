@@ -18,6 +18,7 @@ CHUNK = 64  # bytes that a row of codes is a multiple of
 ITEM = {"fp32": 4, "fp16": 2, "int8": 1}  # bytes of a cached number
 STEP = 16  # inputs that a group of weights is a multiple of
 LEAST = 16  # keys of a block: what a tensor core takes at once
+LARGEST = 16384  # numbers in the keys of a block: with their values and the next ones, shared memory holds no more
 
 
 def parameters(weight: StoredMatrix, dtype: str, zeros: bool) -> dict[str, TensorSpec]:
@@ -38,6 +39,8 @@ def unselectable(config: ModelConfig) -> list[str]:
     block, stride, found = config.sparse.block_size, config.sparse.kernel_stride, []
     if block < LEAST or not _is_power(block):
         found.append(f"`block_size` {block} is not a power of two from {LEAST} on")
+    elif block * config.head_dim > LARGEST:
+        found.append(f"`block_size` {block} is above {LARGEST // config.head_dim}, what shared memory holds")
     if not _is_power(block // stride):
         found.append(f"`block_size` / `kernel_stride`, {block} / {stride}, is not a power of two")
     return [f"sparse attention on CUDA: {reason}; --attention dense" for reason in found]

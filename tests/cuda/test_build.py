@@ -229,6 +229,16 @@ def test_what_it_cannot_do_is_said_before_anything_is_built(checkpoints: dict[st
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_kernel_that_does_not_fit_the_device_is_refused(
+    checkpoints: dict[str, Path], llama: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("arkinfer.exporters.cuda.SHARED_LIMIT", {"sm_89": 1000})
+    with pytest.raises(UnsupportedError) as caught:
+        pipeline.build(checkpoints["llama"], target="rtx-4090", out=tmp_path / "x.ark", weights="int4", verify="none")
+    assert caught.value.code == "ARK-E323" and caught.value.facts["limit"] == "1,000 bytes"
+    assert not (tmp_path / "x.ark").exists()
+
+
 def test_int8_activations_are_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="float16 activations"):
         pipeline.build(checkpoints["llama"], target="rtx-4090", out=tmp_path / "x.ark", activations="int8")

@@ -18,17 +18,22 @@ from arkinfer.artifact import Artifact
 from arkinfer.artifact.plan import Plan
 from arkinfer.backends import cuda_driver
 from arkinfer.backends.cuda import CudaExecutor
-from arkinfer.checkpoint import BUNDLED
+from arkinfer.checkpoint import BUNDLED, open_checkpoint
 from arkinfer.config import SparseConfig
 from arkinfer.errors import UnsupportedError, UserError
 from arkinfer.interpreter import PlanInterpreter, PlanState
 from arkinfer.ops.infllm import kernel_count
 from arkinfer.parity import divergence
+from arkinfer.recipe import Recipe
+from arkinfer.reference import Reference
+from arkinfer.runtime.tokenizer import Tokenizer
 from arkinfer.targets import probe
+from arkinfer.weights import CheckpointWeights
 from examples.needle import retrieve
 from tests.checkpoints import CONFIGS, SPARSE, write_checkpoint
 from tests.cuda.fake_driver import GPU, FakeDriver
 
+GOLDEN = json.loads((Path(__file__).parents[1] / "pipeline" / "golden.json").read_text(encoding="utf-8"))
 CONFIG = SparseConfig(**SPARSE)
 READ = CONFIG.budget * CONFIG.block_size  # keys that a sparse row reads: all of them up to here
 TOKENS = [(17 * index + index * index) % 400 for index in range(600)]
@@ -37,6 +42,16 @@ TOKENS = [(17 * index + index * index) % 400 for index in range(600)]
 def model(folder: Path, **fields: Any) -> Path:
     """Write a random MiniCPM with other fields in its sparse_config."""
     return write_checkpoint(folder / "model", {**CONFIGS["minicpm"], "sparse_config": {**SPARSE, **fields}})
+
+
+def bundled(name: str, folder: Path, **fields: Any) -> Path:
+    """Copy a bundled model, with other fields in its sparse_config."""
+    shutil.copytree(BUNDLED / name, folder / name)
+    file = folder / name / "config.json"
+    raw = json.loads(file.read_text(encoding="utf-8"))
+    raw["sparse_config"] = {**raw.get("sparse_config", {}), **fields}
+    file.write_text(json.dumps(raw), encoding="utf-8")
+    return folder / name
 
 
 def far(artifact: Artifact) -> float:
@@ -154,12 +169,32 @@ def test_one_graph_decodes_across_the_switch(sparse: Artifact, monkeypatch: pyte
     executor.close()
 
 
+def test_a_trained_model_writes_what_the_reference_writes(tmp_path: Path) -> None:
+    """tiny-bitcpm with a sparse_config, greedy, across the switch; dense it writes something else."""
+    folder = bundled("tiny-bitcpm", tmp_path, **SPARSE)
+    artifact = pipeline.build(folder, target="rtx-4090", out=tmp_path / "m.ark", weights="ternary", verify="none")
+    checkpoint = open_checkpoint(folder)
+    recipe = Recipe.from_dict("ternary", "float", artifact.manifest.model["recipe"])
+    lowered = pipeline.lower(checkpoint.config, artifact.manifest.context, recipe, checkpoint.layouts(), "fp16")
+    prompt = Tokenizer.from_file(artifact.file("tokenizer.json")).encode(GOLDEN["tiny-bitcpm"])[:50]
+    written = []
+    for executor in (
+        Reference(lowered.graph, CheckpointWeights(checkpoint), "fp16"),
+        PlanInterpreter(artifact),
+        PlanInterpreter(artifact, attention="dense"),
+    ):
+        state, tokens = executor.new_state(200), list(prompt)
+        logits = executor.step(tokens, state)
+        while len(tokens) < 160:
+            tokens.append(int(logits[-1].argmax()))
+            logits = executor.step(tokens[-1:], state)
+        written.append(tokens)
+    assert written[0] == written[1] != written[2]
+
+
 def test_every_needle_is_found_among_few_blocks(tmp_path: Path) -> None:
     """Six of 64 blocks are read: the first, the three nearest, and two that scores choose among 32 needles."""
-    folder = shutil.copytree(BUNDLED / "needle", tmp_path / "needle")
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    raw["sparse_config"] |= {"topk": 4, "window_size": 128, "dense_len": 1024}
-    (folder / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    folder = bundled("needle", tmp_path, topk=4, window_size=128, dense_len=1024)
     out = tmp_path / "needle.ark"
     artifact = pipeline.build(folder, target="rtx-4090", out=out, context=4160, verify="none")
     tokens, answers = retrieve.haystack(4096)
@@ -180,6 +215,7 @@ def test_every_needle_is_found_among_few_blocks(tmp_path: Path) -> None:
         ({"block_size": 48, "window_size": 96, "kernel_size": 24, "kernel_stride": 12}, "`block_size` 48"),
         ({"block_size": 8}, "`block_size` 8"),
         ({"block_size": 48, "window_size": 96, "kernel_size": 32, "kernel_stride": 16}, "48 / 16"),
+        ({"block_size": 1024, "window_size": 1024}, "above 512"),
     ],
 )
 def test_blocks_that_the_kernels_cannot_take(tmp_path: Path, fields: dict[str, int], words: str) -> None:

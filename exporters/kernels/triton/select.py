@@ -19,7 +19,7 @@ from arkinfer.exporters.kernels.triton.kernel import Argument, Extent, Kernel, V
 from arkinfer.ops.infllm import select_blocks, visible_kernels
 
 KEYS = 64  # compressed keys of a tile of select_lse
-BLOCKS = 32  # blocks of a tile of select_scores
+BLOCKS, FINE = 32, 128  # most blocks, and fine keys, of a tile of select_scores: more keys spill registers
 _TILE_ROWS = 64  # query heads of a tile
 _REFERENCE_ROWS = 64  # rows at once, which bounds the memory of the references
 LARGEST = torch.finfo(torch.float32).max
@@ -119,17 +119,19 @@ def _lse_variant(options: Select, arch: str) -> Variant:
 
 
 def _scores_variant(options: Select, arch: str) -> Variant:
+    per = options.block_size // options.kernel_stride
+    blocks = max(1, min(BLOCKS, FINE // per))
     constants = _constants(options) | {
         "SIZE": options.kernel_size,
         "STRIDE": options.kernel_stride,
         "BLOCK": options.block_size,
         "HELD": options.blocks,
-        "BLOCKS": BLOCKS,
-        "PER": options.block_size // options.kernel_stride,
+        "BLOCKS": blocks,
+        "PER": per,
         "SPLITS_TILE": power_of_two(options.splits),
     }
     tokens = constants["TOKENS"]
-    grid = (f"(n + {tokens} - 1) // {tokens}", str(options.kv_heads), str(ceil_div(options.blocks, BLOCKS)))
+    grid = (f"(n + {tokens} - 1) // {tokens}", str(options.kv_heads), str(ceil_div(options.blocks, blocks)))
     return Variant(constants, grid, 4, 1)
 
 

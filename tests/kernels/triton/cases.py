@@ -103,6 +103,8 @@ def _sparse() -> Iterator[Case]:
     wide = {**fields, **sizes, "init_blocks": 3, "local_blocks": 9, "budget": 4, "heads": 32}
     yield Case("select_scores", wide, n=3, position=401)
     yield Case("select_blocks", wide, n=3, position=401)  # more forced blocks than the budget holds
+    many = {**fields, **sizes, **rules, "block_size": 64}  # 16 kernels in a block: tiles of fewer blocks
+    yield Case("select_scores", many, n=5, position=396)
     for kv, n, position in (("float16", 9, 200), ("int8", 3, 430)):
         options = {**fields, "budget": 6, "block": 16, "kv": kv}
         values = _chosen(options, n, position, 203)
