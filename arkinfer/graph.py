@@ -184,6 +184,9 @@ class ModelGraph:
         if attention != "auto":
             for node in graph.nodes:
                 if node.target is torch.ops.arkinfer.attention.default:
+                    # A captured call ends before the arguments that have their defaults.
+                    missing = node.target._schema.arguments[len(node.args) :]
+                    node.args = (*node.args, *(argument.default_value for argument in missing))
                     if attention == "dense":
                         node.update_arg(_SPARSE, False)
                     else:

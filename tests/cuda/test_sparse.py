@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from arkinfer import pipeline, planning
@@ -98,10 +98,15 @@ def test_gears_differ_in_the_rows_that_are_sparse(sparse: Artifact) -> None:
     assert divergence(dense[READ:first], found["sparse"][READ:first]).max() > 1e-5
 
 
-@given(cuts=st.lists(st.sampled_from([1, 3, 8, 9, 40]), min_size=4, max_size=20))
+@given(
+    cuts=st.lists(st.sampled_from([1, 3, 8, 9, 40]), min_size=4, max_size=20), gear=st.sampled_from(["auto", "sparse"])
+)
 @settings(max_examples=10, deadline=None)
-def test_logits_are_the_same_however_tokens_are_cut_but_for_rounding(sparse: Artifact, cuts: list[int]) -> None:
-    executor = PlanInterpreter(sparse)
+@example(cuts=[1], gear="sparse")
+def test_logits_are_the_same_however_tokens_are_cut_but_for_rounding(
+    sparse: Artifact, cuts: list[int], gear: str
+) -> None:
+    executor = PlanInterpreter(sparse, attention=gear)
     whole = executor.step(TOKENS[:240], executor.new_state(), "all")
     state, start, rows = executor.new_state(), 0, []
     while start < 240:

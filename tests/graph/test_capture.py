@@ -78,6 +78,22 @@ def test_fused_graph_computes_what_the_module_computes(name: str, joined: bool) 
         assert torch.allclose(run(captured, module, tokens, rows), wanted, atol=1e-5), name
 
 
+def test_a_gear_can_be_forced_whatever_the_config_leaves_out() -> None:
+    """torch.export drops arguments that have their defaults, dense_len among them."""
+    raw = {**CONFIGS["minicpm-sparse"], "sparse_config": {**SPARSE, "dense_len": 8192}}
+    everywhere = ModelConfig.from_json({**raw, "sparse_config": {**SPARSE, "dense_len": -1}})
+    torch.manual_seed(0)
+    module = models.create(everywhere)
+    tokens, rows = torch.randint(0, everywhere.vocab_size, (97,)), [0, 50, 96]
+    with torch.no_grad():
+        wanted = module.head(module(tokens, torch.arange(97), new_caches(everywhere, 256))[rows])
+    captured = graph.capture(ModelConfig.from_json(raw), 256, "fp32")
+    for _, step in passes.fusions(lambda weights: True):
+        captured = step(captured)
+    assert torch.allclose(run(captured.with_attention("sparse"), module, tokens, rows), wanted, atol=1e-5)
+    assert not torch.allclose(run(captured, module, tokens, rows), wanted, atol=1e-5)
+
+
 def test_fusion_leaves_one_projection_per_input() -> None:
     captured = graph.capture(ModelConfig.from_json(CONFIGS["minicpm-sparse"]), 256)
     before = captured.operators()["arkinfer.linear"]

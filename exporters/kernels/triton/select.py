@@ -162,7 +162,7 @@ def _logits(options: Select, q: torch.Tensor, keys: torch.Tensor, visible: torch
     count = int(visible.max())
     grouped = q.float().view(-1, options.kv_heads, options.group, options.head_dim).transpose(0, 1)
     products = grouped.flatten(1, 2) @ keys[:count].float().permute(1, 2, 0) * options.scale
-    logits = products.view(options.kv_heads, -1, options.group, count).transpose(0, 1)
+    logits = products.view(options.kv_heads, q.shape[0], options.group, count).transpose(0, 1)
     return logits.masked_fill_((torch.arange(count) >= visible[:, None])[:, None, None], -math.inf)
 
 
