@@ -185,7 +185,7 @@ def build(
             staged = writer.preview(fields)
             packed = exporter.weights(lowered.graph, staged.file, payload.origins)
             try:
-                opened = _executor(staged, exporter)
+                opened = open_executor(staged, exporter)
             except UnsupportedError as absent:
                 if probe.level_for(description) is not None:
                     raise
@@ -208,7 +208,7 @@ def verify_artifact(artifact: Artifact, suite: str = "fast", progress: Progress 
     """
     manifest = artifact.manifest
     exporter = exporters.get(manifest.backend)
-    opened = _executor(artifact, exporter)
+    opened = open_executor(artifact, exporter)
     config = ModelConfig.from_json(manifest.model["config"])
     recipe = Recipe.from_dict(manifest.weights, manifest.activations, manifest.model["recipe"])
     lowered = lower(config, manifest.context, recipe, recipe.layouts, manifest.kv)
@@ -242,7 +242,7 @@ def _compare(
         executor.close()
 
 
-def _executor(artifact: Artifact, exporter: Exporter) -> tuple[Executor, str]:
+def open_executor(artifact: Artifact, exporter: Exporter) -> tuple[Executor, str]:
     """Open what can run ``artifact`` on this machine, and say what its results are worth."""
     target = artifact.manifest.target
     if probe.usable(target["arch"], target.get("platform")) is None:

@@ -1,6 +1,7 @@
-"""Ask the torch reference for every needle of a long haystack.
+"""Ask the torch reference, or an artifact, for every needle of a long haystack.
 
     python -m examples.needle.retrieve --length 131072 --attention sparse --kv float32
+    python -m examples.needle.retrieve --length 131072 --artifact needle.ark
 
 Hides all 32 needles, evenly spread, reads the haystack once and asks for each; prints the share of right answers.
 """
@@ -13,10 +14,14 @@ import time
 
 import torch
 
+from arkinfer import exporters
+from arkinfer.artifact import Artifact
+from arkinfer.backends.base import Executor
 from arkinfer.checkpoint import open_checkpoint
 from arkinfer.models import create
 from arkinfer.models.decoder import CausalLM
 from arkinfer.ops.attention import LayerCache, new_caches
+from arkinfer.pipeline import open_executor
 from arkinfer.quant.packed import dense
 from examples.needle import make
 
@@ -61,6 +66,20 @@ def retrieve(model: CausalLM, length: int, dtype: torch.dtype = torch.float32, c
     return right / len(answers)
 
 
+def ask(executor: Executor, length: int, chunk: int = 4096) -> float:
+    """Return the share of needles that an artifact answers exactly, value and end of text."""
+    tokens, answers = haystack(length)
+    state = executor.new_state(length + 4)
+    for start in range(0, length, chunk):
+        executor.step(tokens[start : start + chunk], state, "none")
+    right = 0
+    for key, value in answers.items():
+        state.truncate(length)
+        found = int(executor.step([key], state)[-1].argmax())
+        right += found == value and int(executor.step([found], state)[-1].argmax()) == 2
+    return right / len(answers)
+
+
 def _answer(model: CausalLM, key: int, position: int, caches: list[LayerCache]) -> list[int]:
     # Every question overwrites the one before it: the haystack in the cache stays as it is.
     tokens = [key]
@@ -71,12 +90,22 @@ def _answer(model: CausalLM, key: int, position: int, caches: list[LayerCache]) 
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Find needles with the torch reference.")
+    parser = argparse.ArgumentParser(description="Find needles with the torch reference, or with an artifact.")
     parser.add_argument("--length", type=int, default=16384)
     parser.add_argument("--attention", choices=("dense", "sparse"), default="sparse")
     parser.add_argument("--kv", choices=("float32", "float16", "bfloat16", "int8"), default="float32")
+    parser.add_argument(
+        "--artifact", help="ask this artifact of the model, in the gear and cache that it was built for"
+    )
     options = parser.parse_args()
     begin = time.perf_counter()
-    share = retrieve(open_model(options.attention), options.length, getattr(torch, options.kv))
+    if options.artifact:
+        artifact = Artifact.open(options.artifact)
+        executor, evidence = open_executor(artifact, exporters.get(artifact.manifest.backend))
+        share = ask(executor, options.length)
+        what = f"{artifact.manifest.attention}, {artifact.manifest.kv} cache, {artifact.manifest.backend}: {evidence}"
+    else:
+        share = retrieve(open_model(options.attention), options.length, getattr(torch, options.kv))
+        what = f"{options.attention}, {options.kv} cache"
     seconds = time.perf_counter() - begin
-    print(f"{options.length} tokens, {options.attention}, {options.kv} cache: {share:.1%} in {seconds:.0f} s")
+    print(f"{options.length} tokens, {what}: {share:.1%} in {seconds:.0f} s")

@@ -202,16 +202,7 @@ def test_every_needle_is_found_among_few_blocks(tmp_path: Path) -> None:
     folder = bundled("needle", tmp_path, topk=4, window_size=128, dense_len=1024)
     out = tmp_path / "needle.ark"
     artifact = pipeline.build(folder, target="rtx-4090", out=out, context=4160, verify="none")
-    tokens, answers = retrieve.haystack(4096)
-    executor = PlanInterpreter(artifact)
-    state, found = executor.new_state(), {}
-    executor.step(tokens, state, "none")
-    for key in answers:
-        state.truncate(4096)
-        value = int(np.argmax(executor.step([key], state)[-1]))
-        end = int(np.argmax(executor.step([value], state)[-1]))
-        found[key] = value if end == 2 else -1
-    assert found == answers
+    assert retrieve.ask(PlanInterpreter(artifact), 4096) == 1.0
 
 
 @pytest.mark.parametrize(
