@@ -205,6 +205,22 @@ def test_every_needle_is_found_among_few_blocks(tmp_path: Path) -> None:
     assert retrieve.ask(PlanInterpreter(artifact), 4096) == 1.0
 
 
+def test_the_backend_opens_either_gear(sparse: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "gpu", lambda: GPU)
+    read = {}
+    for attention in ("auto", "dense", "sparse"):
+        monkeypatch.setattr(cuda_driver, "bindings", lambda: FakeDriver(sparse))
+        executor, reference = CudaExecutor(sparse, None, attention), PlanInterpreter(sparse, attention=attention)
+        state, other = executor.new_state(), reference.new_state()
+        for part in (TOKENS[:90], TOKENS[90:91], TOKENS[91:97]):
+            assert np.array_equal(executor.step(part, state), reference.step(part, other))
+        executor.fill(state, 900)
+        assert np.isfinite(executor.step([5], state)).all()
+        read[attention] = executor.decode_bytes(900)
+        executor.close()
+    assert read["auto"] == read["sparse"] < read["dense"]
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
