@@ -6,6 +6,8 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import ziglang
@@ -14,6 +16,11 @@ from arkinfer.errors import InternalError
 from arkinfer.exporters.platforms import Platform
 
 _EMULATIONS = {"x86_64": "elf_x86_64", "aarch64": "aarch64linux"}  # as ld.lld names them
+
+
+def version() -> str:
+    """Return the version of the ziglang package."""
+    return metadata.version("ziglang")
 
 
 def zig(*arguments: str) -> None:
@@ -27,6 +34,30 @@ def zig(*arguments: str) -> None:
             facts={"command": f"zig {arguments[0]}", "reason": lines[0] if lines else result.stderr[-300:]},
             code="ARK-E711",
         )
+
+
+def compile_c(platform: Platform, sources: Sequence[Path], out: Path, *options: str) -> None:
+    """Compile C files into one object ``out`` of ``platform``. The same files give the same bytes."""
+    target, plain = platform.zig, ["-O2", "-g0", "-fPIC", "-fno-sanitize=all", "-std=gnu11", *options]
+    if platform.machine == "aarch64":
+        plain.append("-mno-outline-atomics")  # else each would be a call into a library of the compiler's
+    if platform.system == "android":
+        # zig has no headers of Android's C library; those of musl declare the same functions and structures.
+        target = "aarch64-linux-musl"
+        plain += ["-fno-stack-protector", "-fno-builtin-bcmp"]
+    zig("cc", "-target", target, *plain, "-c", *map(str, sources), "-o", str(out))
+
+
+def link_c(platform: Platform, item: Path, out: Path, program: bool = False) -> None:
+    """Link an object that calls the C library into a shared library (an archive for iOS), or a program for Linux."""
+    if platform.system == "linux":
+        kind = [] if program else ["-shared", f"-Wl,-soname,{out.name}"]
+        plain = ["-s", "-rtlib=none", "-Wl,--build-id=none", f"-Wl,-z,max-page-size={platform.page}"]
+        zig("cc", "-target", platform.zig, *kind, *plain, "-o", str(out), str(item), "-lm", "-lpthread", "-ldl")
+    elif platform.system == "android":
+        link(replace(platform, needed=(*platform.needed, "libdl.so")), [item], out)
+    else:
+        link(platform, [item], out)
 
 
 def link(platform: Platform, objects: Sequence[str | Path], out: Path) -> None:

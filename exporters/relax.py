@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from arkinfer.exporters.kernels.tir import peak
 from arkinfer.exporters.kernels.tir.isa import ISAS, Isa
 from arkinfer.exporters.platforms import Platform
 from arkinfer.exporters.program import Argument, Call, Program, Value
+
+RAISED = Path(__file__).parent / "kernels" / "raised.c"
 
 
 class _Emitter:
@@ -105,8 +108,13 @@ class _Emitter:
         for index, output in enumerate(outputs):
             known[output.name] = self.builder.emit(relax.TupleGetItem(result, index))
 
+    def names(self, tokens: str) -> list[str | None]:
+        """Return the name of each of the program's kernels for ``tokens`` "one" or "many"; None for a view."""
+        keys = (_key(kernel, options, tokens) for kernel, options in self.program.kernels())
+        return [self.functions[key].name_hint if key in self.functions else None for key in keys]
+
     def _function(self, call: Call, tokens: str) -> Any:
-        key = json.dumps([call.kernel, call.options, tokens], sort_keys=True)
+        key = _key(call.kernel, call.options, tokens)
         if key not in self.functions:
             # Variants share a name; without one they are private, and the builder numbers them.
             kernel = tir.build(call.kernel, self.isa, tokens, call.options).without_attr("global_symbol")
@@ -114,15 +122,23 @@ class _Emitter:
         return self.functions[key]
 
 
-def module(program: Program, isa: Isa) -> tvm.IRModule:
-    """Return the Relax module with the functions ``step`` (any tokens), ``decode`` (one) and ``trace`` (with taps)."""
+def _key(kernel: str, options: Mapping[str, Any], tokens: str) -> str:
+    return json.dumps([kernel, options, tokens], sort_keys=True)
+
+
+def module(program: Program, isa: Isa) -> tuple[tvm.IRModule, dict[str, list[str | None]]]:
+    """Return the Relax module with the functions ``step`` (any tokens), ``decode`` (one) and ``trace`` (with taps).
+
+    With it come the names of the compiled kernels: for any number of tokens ("many") and for one, in the order of
+    ``program.kernels()``; None for a view. Kernels whose code is the same share a name.
+    """
     builder = relax.BlockBuilder()
     emitter = _Emitter(builder, program, isa, {})
     emitter.emit("step", "many")
     emitter.emit("decode", "one")
     emitter.emit("trace", "many", taps=True)
     _emit_peak(builder, isa, any(call.kernel == "linear_int8" for call in program.calls))
-    return builder.get()
+    return builder.get(), {form: emitter.names(form) for form in ("many", "one")}
 
 
 def _emit_peak(builder: relax.BlockBuilder, isa: Isa, whole: bool) -> None:
@@ -138,17 +154,25 @@ def _emit_peak(builder: relax.BlockBuilder, isa: Isa, whole: bool) -> None:
 
 
 def compile_program(program: Program, isa: Isa, platform: Platform, out: Path) -> None:
-    """Compile ``program`` for ``isa`` into the library ``out`` of ``platform``."""
+    """Compile ``program`` for ``isa`` into the library ``out`` of ``platform``.
+
+    Beside it, with the suffix .json, goes which kernel has which name there: see ``module``.
+    """
     target = tvm.target.Target({**isa.target, "mtriple": platform.triple})
 
     def link(output: str, objects: Sequence[str], *_: object, **__: object) -> None:
-        linker.link(platform, objects, Path(output))
+        with tempfile.TemporaryDirectory() as folder:
+            raised = Path(folder) / "raised.o"
+            linker.compile_c(platform, [RAISED], raised)
+            linker.link(platform, [*objects, raised], Path(output))
 
     link.output_format = platform.suffix[1:]  # type: ignore[attr-defined]  # how tvm asks what its linker makes
     # Our kernels allocate exactly what they use; looking for what could shrink takes a fifth of the time.
     with tvm.transform.PassContext(disabled_pass=["s_tir.CompactBufferAllocation"]):
-        executable = relax.build(module(program, isa), target=target, exec_mode="bytecode")
+        built, names = module(program, isa)
+        executable = relax.build(built, target=target, exec_mode="bytecode")
     executable.export_library(str(out), fcompile=link)
+    out.with_suffix(".json").write_text(json.dumps(names), encoding="utf-8")
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ import torch
 from arkinfer.artifact import Artifact
 from arkinfer.artifact.journal import Journal
 from arkinfer.errors import UnsupportedError
-from arkinfer.exporters import compiled, outline, platforms, refusals
+from arkinfer.exporters import compiled, native, outline, platforms, refusals
 from arkinfer.exporters import weights as weight_file
 from arkinfer.exporters.base import BuildOptions, Payload, Progress
 from arkinfer.exporters.compiler import Compiler
@@ -78,8 +78,8 @@ class TvmExporter:
         text = program.to_json()
         platform, tools = platforms.of(target), json.dumps(toolchain, sort_keys=True)
         libraries = {isa: path(f"payload/{isa}{platform.suffix}") for isa in target.arch}
-        names = {isa: compiled.key(text, isa, platform, tools) for isa in target.arch}
-        missing = [isa for isa in target.arch if not compiled.fetch(names[isa], libraries[isa], platform.suffix)]
+        keys = {isa: compiled.key(text, isa, platform, tools) for isa in target.arch}
+        missing = [isa for isa in target.arch if not _fetch(keys[isa], libraries[isa])]
         try:
             self.prepare(target)
             for isa in missing:
@@ -88,13 +88,17 @@ class TvmExporter:
             for done, isa in enumerate(missing):
                 progress("compile", done, len(missing))
                 self._compilers[isa].finish()
-                compiled.keep(names[isa], libraries[isa], platform.suffix)
+                _keep(keys[isa], libraries[isa])
             progress("compile", len(missing), len(missing))
         finally:
             self.close()
         path("payload/program.txt").write_text(program.dump(), encoding="utf-8")
         plan = _plan(model, program, target, options)
         path("payload/plan.json").write_text(json.dumps(plan, sort_keys=True, indent=1) + "\n", encoding="utf-8")
+        names = {isa: _take_names(library) for isa, library in libraries.items()}
+        if target.native:
+            levels = {isa: (f"payload/{isa}{platform.suffix}", names[isa]) for isa in target.arch}
+            native.export(program, plan, weight_file.specs(program), levels, platform, path)
         toolchain["torch"] = torch.__version__.split("+")[0]
         return Payload(toolchain, {"max_context": options.context}, origins)
 
@@ -114,6 +118,27 @@ def _installed(tool: str) -> bool:
     except metadata.PackageNotFoundError:
         return False
     return True
+
+
+def _fetch(key: str, library: Path) -> bool:
+    """Copy a compiled library and the names of its kernels from the cache; return whether both were there."""
+    suffix = library.suffix
+    return compiled.fetch(key, library, suffix) and compiled.fetch(
+        f"{key}-names", library.with_suffix(".json"), ".json"
+    )
+
+
+def _keep(key: str, library: Path) -> None:
+    compiled.keep(key, library, library.suffix)
+    compiled.keep(f"{key}-names", library.with_suffix(".json"), ".json")
+
+
+def _take_names(library: Path) -> native.Names:
+    """Return the names of a library's kernels from the file beside it, which no artifact holds."""
+    file = library.with_suffix(".json")
+    names: native.Names = json.loads(file.read_text(encoding="utf-8"))
+    file.unlink()
+    return names
 
 
 def _plan(model: ModelGraph, program: Program, target: Target, options: BuildOptions) -> dict[str, Any]:

@@ -61,7 +61,8 @@ class Target:
     and workspace may take in bytes and ``bandwidth`` the memory's read rate in bytes/s, each None where the machine at
     hand decides. ``compute`` maps number formats (int8, fp16, fp32) to operations per second, None likewise;
     ``toolchain`` package names to version ranges. ``platform`` is the system that code for processors is linked for,
-    None for Linux; ``glibc`` the oldest version of its C library there, None where arkinfer decides.
+    None for Linux; ``glibc`` the oldest version of its C library there, None where arkinfer decides;
+    ``native`` adds the runner for programs without Python.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Target:
     arch: tuple[str, ...]
     platform: str | None = None
     glibc: str | None = None
+    native: bool = False
     memory: int | None = None
     bandwidth: float | None = None
     compute: Mapping[str, float | None] = field(default_factory=dict)
@@ -208,6 +210,12 @@ FIELDS: Mapping[str, Rule] = {
             "type": "string",
             "pattern": r"^2\.[0-9]{1,2}$",
             "description": "Oldest version of the C library on Linux that code must run with; quote it: '2.28'",
+        }
+    ),
+    "native": Rule(
+        {
+            "type": "boolean",
+            "description": "Whether artifacts hold the runner for programs without Python: see docs/native.md",
         }
     ),
     "memory": Rule(
@@ -365,7 +373,8 @@ class _Document:
                 raise self.error(line, f"`{name}` names something twice")
             return values
         value = self._scalar(node, name)
-        kind = "null" if value is None else {int: "integer", float: "number", str: "string"}.get(type(value), "other")
+        kinds = {type(None): "null", bool: "boolean", int: "integer", float: "number", str: "string"}
+        kind = kinds.get(type(value), "other")
         if "enum" in schema:
             if value not in schema["enum"]:
                 known = list(map(str, schema["enum"]))
@@ -373,7 +382,8 @@ class _Document:
             return value
         if kind not in types and not (kind == "integer" and "number" in types):
             raise self.error(line, f"`{name}` is {_A[kind]}, not {' or '.join(_A[each] for each in types)}")
-        self._check_range(value, schema, name, line)
+        if kind != "boolean":
+            self._check_range(value, schema, name, line)
         return value
 
     def _check_range(self, value: Any, schema: Mapping[str, Any], name: str, line: int) -> None:
@@ -410,6 +420,7 @@ def _line(mark: Any) -> int:
 
 _A = {
     "null": "empty",
+    "boolean": "true or false",
     "integer": "a whole number",
     "number": "a number",
     "string": "a text",

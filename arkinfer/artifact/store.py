@@ -180,9 +180,9 @@ class Writer:
         digests = _digests(places.values())
         files = {name: FileEntry(place.stat().st_size, digests[place]) for name, place in places.items()}
         sealed = Manifest.create(fields, files)
-        readable = folder.stat().st_mode & 0o666  # the user's umask; files made through tempfile ignore it
+        allowed = folder.stat().st_mode  # the user's umask; files made through tempfile ignore it
         for place in places.values():
-            place.chmod(readable)
+            place.chmod(allowed & (0o777 if place.stat().st_mode & 0o100 else 0o666))
             _sync(place)
         with open(folder / manifests.NAME, "xb") as stream:
             stream.write(sealed.canonical())

@@ -25,6 +25,8 @@ def test_every_data_file_is_shipped() -> None:
     patterns = setup_cfg()["options.package_data"]
     shipped = {
         "arkinfer": patterns["arkinfer"].split(),
+        "backends": patterns["arkinfer.backends"].split(),
+        "exporters": patterns["arkinfer.exporters"].split(),
         "targets": patterns["arkinfer.targets"].split(),
     }
     tracked = subprocess.run(["git", "ls-files", *SHIPPED], cwd=ROOT, capture_output=True, text=True, check=True).stdout

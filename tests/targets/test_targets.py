@@ -112,7 +112,7 @@ WRONG: dict[str, tuple[str | bytes, int, str]] = {
     "arch nested": (MINIMAL.replace("[x86-64-v3]", "[[x86-64-v3]]"), 3, "single value"),
     "memory unit": (MINIMAL + "memory: 6 gigs\n", 4, "`memory` cannot be '6 gigs'"),
     "memory negative": (MINIMAL + "memory: -1\n", 4, "out of range"),
-    "memory boolean": (MINIMAL + "memory: yes\n", 4, "`memory` is neither"),
+    "memory boolean": (MINIMAL + "memory: yes\n", 4, "`memory` is true or false"),
     "memory float": (MINIMAL + "memory: 1.5\n", 4, "`memory` is a number"),
     "bandwidth zero": (MINIMAL + "bandwidth: 0\n", 4, "out of range"),
     "bandwidth nan": (MINIMAL + "bandwidth: .nan\n", 4, "out of range"),

@@ -1,0 +1,35 @@
+#include <fcntl.h>
+#include <stdio.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "engine.h"
+
+bool join(char path[MAX_PATH], const char *folder, const char *name) {
+    int length = snprintf(path, MAX_PATH, "%s/%s", folder, name);
+    return length > 0 && length < MAX_PATH;
+}
+
+ark_status file_map(const char *folder, const char *name, struct file *file) {
+    char path[MAX_PATH];
+    *file = (struct file){0};
+    if (!join(path, folder, name)) return fail(ARK_ARGUMENT, "the path of the artifact is too long");
+    int descriptor = open(path, O_RDONLY | O_CLOEXEC);
+    if (descriptor < 0)
+        return fail(ARK_DAMAGED, "%s cannot be opened: it is missing, or this process may not read it", path);
+    off_t size = lseek(descriptor, 0, SEEK_END);
+    if (size <= 0) {
+        close(descriptor);
+        return fail(ARK_DAMAGED, "%s is empty, or not a file", path);
+    }
+    void *data = mmap(NULL, (size_t)size, PROT_READ, MAP_SHARED, descriptor, 0);
+    close(descriptor);
+    if (data == MAP_FAILED) return no_memory(name, (uint64_t)size);
+    *file = (struct file){data, (size_t)size};
+    return ARK_OK;
+}
+
+void file_unmap(struct file *file) {
+    if (file->data) munmap((void *)file->data, file->size);
+    *file = (struct file){0};
+}
