@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,8 @@ import torch
 
 from arkinfer import pipeline
 from arkinfer.artifact import Artifact
+from arkinfer.exporters import cuda
+from arkinfer.exporters.kernels.triton.cubin import Cubin, Job
 from tests.checkpoints import CONFIGS, write_checkpoint
 
 
@@ -29,11 +31,23 @@ def llama(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     return pipeline.build(checkpoints["llama"], target="rtx-4090", out=out, weights="int4", verify="none")
 
 
+def _named(jobs: Sequence[Job]) -> list[Cubin]:
+    return [Cubin(b"", "", job.name, shared=0, registers=0, stack=0, num_warps=4) for job in jobs]
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds leave the kernels' code empty, for tests that ask what the plan computes: other builds compile it."""
+    monkeypatch.setattr(cuda, "compile_all", _named)
+
+
 @pytest.fixture(scope="session")
 def sparse(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """A random MiniCPM with int8 weights whose rows are sparse from dense_len on, verified."""
+    """A random MiniCPM with int8 weights whose rows are sparse from dense_len on, verified; no code in its kernels."""
     out = tmp_path_factory.mktemp("cuda") / "sparse.ark"
-    return pipeline.build(checkpoints["minicpm"], target="rtx-4090", out=out, weights="int8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "compile_all", _named)
+        return pipeline.build(checkpoints["minicpm"], target="rtx-4090", out=out, weights="int8")
 
 
 @pytest.fixture(autouse=True)
