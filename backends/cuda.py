@@ -118,17 +118,21 @@ class CudaExecutor(Executor):
         block = driver.allocate(size)
         self._addresses = {name: block + offset for name, offset in offsets.items()}
         self.idle = [self._new_slot(plan.capacity)]
-        sizes = {buffer.name: buffer.nbytes({}) for buffer in plan.of_kind("parameter")}
-
-        def put(name: str, start: int, piece: np.ndarray) -> None:
-            driver.upload(self._addresses[name] + start, piece)
-
-        upload(artifact.file(plan.facts["weights"]), sizes, put, drop=driver.integrated)
+        self._fill_weights(artifact)
         rope = plan.facts["rope"]
         frequencies = np.array([float.fromhex(value) for value in rope["inverse_frequencies"]], np.float32)
         rotation = tables(frequencies, float.fromhex(rope["magnitude"]), 0, plan.capacity)
         for name, table in zip(("cos", "sin"), rotation, strict=True):
             driver.upload(self._addresses[name], table)
+
+    def _fill_weights(self, artifact: Artifact) -> None:
+        driver = self.driver
+        sizes = {buffer.name: buffer.nbytes({}) for buffer in self.plan.of_kind("parameter")}
+
+        def put(name: str, start: int, piece: np.ndarray) -> None:
+            driver.upload(self._addresses[name] + start, piece)
+
+        upload(artifact.file(self.plan.facts["weights"]), sizes, put, drop=driver.integrated)
 
     def _fit(self, fixed: int, held: int, shorter: str, other: str) -> None:
         """Raise UnsupportedError where ``fixed`` bytes and caches of ``held`` tokens do not fit.
@@ -277,6 +281,10 @@ class CudaExecutor(Executor):
         token = control.chosen(int(found[0]), self.vocab_size)
         self._ready = state.length, token, draw
         return token
+
+    def forget_inputs(self) -> None:
+        """Write position and token anew before the next step: something else has moved them on."""
+        self._ready = None
 
     def _write_inputs(self, position: int, ids: np.ndarray, draw: Draw | None = None) -> None:
         self._ready = None

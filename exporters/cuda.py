@@ -64,18 +64,16 @@ class CudaExporter:
                 hint="pip install 'arkinfer[build,cuda-build]'",
                 code="ARK-E312",
             )
-        lowering = Lowering(model, options, target.arch)
-        plan = lowering.run(_facts(model, options))
-        plan = replace(plan, facts={**plan.facts, **_traffic(model, plan, options)})
+        plan, stored = planned(model, options, target.arch)
         jobs = [Job(kernel.name, kernel.options, level) for kernel in plan.kernels for level in plan.levels]
         with ThreadPoolExecutor(1) as waiting:
             compiling = waiting.submit(compile_all, jobs)
-            origins = cuda_weights.write(plan, lowering.stored, weights, path(WEIGHTS), journal, progress)
+            origins = cuda_weights.write(plan, stored, weights, path(WEIGHTS), journal, progress)
             progress("compile", 0, len(jobs))
             cubins = compiling.result()
             progress("compile", len(jobs), len(jobs))
         _check_shared(jobs, cubins)
-        plan = _with_images(plan, dict(zip(map(_key, jobs), cubins, strict=True)), path)
+        plan = with_images(plan, jobs, cubins, path)
         path("payload/plan.json").write_text(plan.to_json(), encoding="utf-8")
         path("payload/plan.txt").write_text(plan.dump(), encoding="utf-8")
         limits = {"max_context": options.context, **_memory(plan)}
@@ -116,18 +114,28 @@ def _check_shared(jobs: Sequence[Job], cubins: Sequence[Cubin]) -> None:
             )
 
 
-def _with_images(plan: Plan, cubins: Mapping[tuple[str, str, str], Cubin], path: Callable[[str], Path]) -> Plan:
+def planned(
+    model: ModelGraph, options: BuildOptions, levels: tuple[str, ...]
+) -> tuple[Plan, Mapping[str, cuda_weights.Stored]]:
+    """Return the plan of ``model``, its kernels not compiled yet, and what each of its parameters is made of."""
+    lowering = Lowering(model, options, levels)
+    plan = lowering.run(_facts(model, options))
+    return replace(plan, facts={**plan.facts, **_traffic(model, plan, options)}), lowering.stored
+
+
+def with_images(plan: Plan, jobs: Sequence[Job], cubins: Sequence[Cubin], path: Callable[[str], Path]) -> Plan:
     """Write every cubin and its PTX into the artifact, and name them in the kernel table.
 
     Kernels that differ in what a launch passes by value alone share their files.
     """
+    found = dict(zip(map(_key, jobs), cubins, strict=True))
     table = []
     stems: dict[tuple[str, str, str], str] = {}
     for index, kernel in enumerate(plan.kernels):
         description = kernels.kernel(kernel.name)
         images = {}
         for level in plan.levels:
-            cubin = cubins[_key(Job(kernel.name, kernel.options, level))]
+            cubin = found[_key(Job(kernel.name, kernel.options, level))]
             same = (level, kernel.name, cubin.digest)
             if same not in stems:
                 stems[same] = f"payload/{level}/{index:03}-{kernel.name}"

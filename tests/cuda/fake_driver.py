@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import ctypes
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,6 +87,21 @@ class FakeDriver:
     def cuStreamSynchronize(self, stream: str) -> tuple[Any]:
         assert self.recording is None
         return (_OK,)
+
+    # Events: the host's clock, since launches run at once
+
+    def cuEventCreate(self, flags: int) -> tuple[Any, list[float]]:
+        return _OK, [0.0]
+
+    def cuEventRecord(self, event: list[float], stream: str) -> tuple[Any]:
+        event[0] = time.perf_counter()
+        return (_OK,)
+
+    def cuEventSynchronize(self, event: list[float]) -> tuple[Any]:
+        return (_OK,)
+
+    def cuEventElapsedTime(self, start: list[float], end: list[float]) -> tuple[Any, float]:
+        return _OK, 1e3 * (end[0] - start[0])
 
     # Memory
 

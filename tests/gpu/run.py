@@ -1,9 +1,10 @@
-"""Check and time the CUDA kernels on a real GPU: ``python3 tests/gpu/run.py [--out results.json] [--only KERNEL ...]``.
+"""All that is to be shown on a real GPU: ``python3 tests/gpu/run.py PART ... [--carried DIR] [--out results.json]``.
 
-Needs a checkout, torch with CUDA and triton; nothing is installed. Triton compiles the kernels for this GPU (so these
-are not an artifact's own cubins), and each is compared with its torch reference in float64 on the CPU over fresh random
-inputs; then it is timed with CUDA events at the sizes of MiniCPM4-8B, beside the copy bandwidth that the same run
-measured. Exit status 1 if anything deviates.
+Needs a checkout and torch with CUDA, triton, cuda-bindings; nothing is installed. All parts of a call end after
+``--minutes``: which did not finish is in the results, and several calls on one GPU gather theirs in one file.
+``--carried`` is what prepare.py made; without it artifacts and plans are made on the spot. ``--dry`` runs the parts at
+tiny shapes on a driver in memory: it shows that they run, and measures nothing. Exit status 1 if anything deviates or
+is not finished, 3 without a GPU.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import argparse
 import json
 import os
 import platform
-import statistics
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,190 +28,213 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
-import triton
 
 from arkinfer.exporters.kernels.triton.kernel import ARCHS
-from tests.kernels.triton.cases import cases
-from tests.kernels.triton.samples import Case, Values, deviations, draw, expected, launch
+from tests.gpu import clock, dry, engine, peers, shapes, speed
 
-SHAPE = {"heads": 32, "kv_heads": 2, "head_dim": 128}
-WINDOWS = {"kernel_size": 32, "kernel_stride": 16}
-RULES = {"block_size": 64, "init_blocks": 1, "local_blocks": 32, "budget": 96}
-FORMATS: dict[str, dict[str, Any]] = {
-    "float16": {"format": "dense"},
-    "int8": {"format": "int8", "group": 128},
-    "int4": {"format": "int4", "group": 128, "zeros": True},
-    "ternary": {"format": "ternary", "group": 128},
+Row = dict[str, Any]
+DEPTHS = (0, 8192, 32768, 131072)
+LENGTHS = (512, 8192, 32768, 131072)
+NEEDLES = (8192, 32768, 131072)
+TARGETS = {"sm_87": "jetson-orin-cuda", "sm_89": "rtx-4090", "sm_90": "h100"}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of this script."""
+
+    level: str
+    folder: Path  # carried, or made on the spot
+    seed: int
+    only: list[str]
+    dry: bool
+    seen: list[Row]  # rows of every part so far
+    bandwidth: float
+    peak: float
+
+    @property
+    def timed(self) -> tuple[tuple[str, str], ...]:
+        return shapes.TINY if self.dry else shapes.TIMED
+
+    @property
+    def sizes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Depths of decoding, lengths of prompts."""
+        return ((0, 200), (100,)) if self.dry else (DEPTHS, LENGTHS)
+
+    def shape(self, shape: str, weights: str) -> Path:
+        folder = self.folder / f"shape-{shape}-{weights}"
+        if not folder.exists():
+            shapes.write(folder, shape, weights, self.level, 1024 if self.dry else shapes.CONTEXT, not self.dry)
+        return folder
+
+
+def kernel_checks(call: Call) -> Iterator[Row]:
+    from tests.gpu import kernels
+
+    if call.dry:  # the launches themselves: tests/kernels/triton/interpret.py runs their code
+        yield {"case": f"{len(list(kernels.larger()))} launches described", "ok": True}
+        return
+    yield from kernels.checks(call.level, call.seed, call.only)
+
+
+def kernel_timings(call: Call) -> Iterator[Row]:
+    from tests.gpu import kernels
+
+    if not call.dry:
+        yield from kernels.timings(call.level, call.bandwidth)
+
+
+def whole_engine(call: Call) -> Iterator[Row]:
+    if not list(call.folder.glob("*.expected.json")):
+        from tests.gpu import prepare
+
+        for name in prepare.ARTIFACTS:
+            prepare.artifact(call.folder, name, TARGETS[call.level])
+    for file in sorted(call.folder.glob("*.expected.json")):
+        with dry.gpu(call.folder / f"{file.name.removesuffix('.expected.json')}.ark", call.dry):
+            yield engine.tokens(file)
+
+
+def needle(call: Call) -> Iterator[Row]:
+    artifact = call.folder / "needle.ark"
+    if not artifact.exists():
+        from tests.gpu import prepare
+
+        prepare.needle(call.folder, TARGETS[call.level], 1024 if call.dry else 131136)
+    for length in (300,) if call.dry else NEEDLES:
+        for attention in ("auto", "dense"):
+            with dry.gpu(artifact, call.dry):
+                yield engine.needles(artifact, length, attention)
+
+
+def decode(call: Call) -> Iterator[Row]:
+    for shape, weights in call.timed:
+        folder = call.shape(shape, weights)
+        with dry.gpu(folder, call.dry):
+            yield from speed.decode(folder, call.sizes[0], call.bandwidth, *((2, 1) if call.dry else (32, 5)))
+
+
+def prefill(call: Call) -> Iterator[Row]:
+    for shape, weights in call.timed:
+        folder = call.shape(shape, weights)
+        with dry.gpu(folder, call.dry):
+            yield from speed.prefill(folder, call.sizes[1], call.peak)
+
+
+def torch_peers(call: Call) -> Iterator[Row]:
+    large, other = (call.timed[0][0], call.timed[-1][0])
+    for shape, weights in ((large, "fp16"), (large, "int4"), (other, "fp16")):
+        yield from peers.rows(shape, weights, *call.sizes)
+
+
+def sanitizer(call: Call) -> Iterator[Row]:
+    tool = shutil.which("compute-sanitizer")
+    if tool is None or call.dry:
+        yield {"skipped": "compute-sanitizer is not installed" if tool is None else "there is no GPU"}
+        return
+    carried = ["--carried", str(call.folder)]
+    for parts, more in ((["kernels"], []), (["engine"], carried)):
+        command = [tool, "--error-exitcode", "9", sys.executable, __file__, *parts, *more, "--out", os.devnull]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        last = [line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line]
+        yield {"parts": parts, "status": done.returncode, "summary": last[-1:], "ok": done.returncode == 0}
+
+
+PARTS: dict[str, Callable[[Call], Iterator[Row]]] = {
+    "kernels": kernel_checks,
+    "engine": whole_engine,
+    "needle": needle,
+    "decode": decode,
+    "prefill": prefill,
+    "peers": torch_peers,
+    "timings": kernel_timings,
+    "sanitizer": sanitizer,
 }
 
 
-def larger() -> Iterator[Case]:
-    """Yield launches at sizes that the interpreter is too slow for, odd ones among them."""
-    for options in FORMATS.values():
-        for rows, width in ((4096, 4096), (4096, 16384), (1153, 4096 + 128)):
-            yield Case("linear_gemv", {"rows": rows, "width": width, **options})
-            yield Case("linear_gemm", {"rows": rows, "width": width, **options}, n=301)
-        yield Case("linear_gemv", {"rows": 2 * 3001, "width": 4096, "gated": True, **options})
-        yield Case("linear_gemm", {"rows": 2 * 3001, "width": 4096, "gated": True, **options}, n=77)
-    for kv in ("float16", "int8"):
-        attend = {**SHAPE, "context": 9024, "scale": 0.09, "kv": kv}
-        for position in (0, 4095, 9000):
-            yield Case("attention_decode", {**attend, "splits": 32}, position=position)
-        yield Case("attention_prefill", attend, n=333, position=5001)
-        yield Case("attention_prefill", {**attend, "heads": 9, "kv_heads": 3, "head_dim": 96}, n=130, position=77)
-    select = {**SHAPE, **WINDOWS, **RULES, "context": 32768, "scale": 0.09}
-    for n, position, splits in ((1, 32766, 16), (65, 20003, 1)):
-        step = {"n": n, "position": position, "dense_len": 8192}
-        for kernel in ("select_lse", "select_scores", "select_blocks"):
-            yield Case(kernel, {**select, "splits": splits}, **step)
-    for vocab in (73448, 151937):
-        yield Case("argmax_partial", {"vocab": vocab})
-
-
-def on_device(values: Values) -> Values:
-    """Return the arguments on the GPU, strides kept."""
-    moved: Values = {}
-    for name, value in values.items():
-        if isinstance(value, torch.Tensor):
-            place = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
-            moved[name] = place.copy_(value)
-        else:
-            moved[name] = value
-    return moved
-
-
-def check(case: Case, arch: str, seed: int) -> dict[str, Any]:
-    """Return what one launch deviates by."""
-    row: dict[str, Any] = {"case": str(case), "seed": seed}
-    try:
-        values = draw(case, seed)
-        got = on_device(values)
-        launch(case, got, arch)
-        torch.cuda.synchronize()
-        back = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in got.items()}
-        found = deviations(case, expected(case, values), back)
-        row["outputs"] = {item.argument: {"error": item.error, "allowed": item.allowed} for item in found}
-        row["ok"] = all(item.fine for item in found)
-    except Exception:
-        row |= {"ok": False, "failure": traceback.format_exc().strip().splitlines()[-1]}
-    return row
-
-
-def seconds(run: Callable[[int], None], launches: int = 16, repeats: int = 20) -> float:
-    """Return the median time of ``run(i)`` by CUDA events, over replays of a graph of ``launches`` of them.
-
-    Launched one by one, the host's part of a launch would be timed, not the kernel.
-    """
-    for index in range(launches):
-        run(index)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for index in range(launches):
-            run(index)
-    times = []
-    for _ in range(repeats):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) / 1e3 / launches)
-    return statistics.median(times)
-
-
-def copy_bandwidth() -> float:
-    """Return bytes per second read and written by a copy that no cache holds."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-
-    def copy(_: int) -> None:
-        target.copy_(source)
-
-    return 2 * source.nbytes / seconds(copy, launches=4)
-
-
-def _read(values: Values, names: tuple[str, ...]) -> int:
-    return sum(value.nbytes for name in names if isinstance(value := values.get(name), torch.Tensor))
-
-
-def _launch_next(case: Case, sets: list[Values], arch: str, index: int) -> None:
-    launch(case, sets[index % len(sets)], arch)
-
-
-def timings(arch: str, bandwidth: float) -> Iterator[dict[str, Any]]:
-    """Yield times of memory-bound kernels: every launch reads another copy, 512 MB of them in turn."""
-    weights = ("weight", "scales", "zeros")
-    timed = [
-        (f"{name} {rows}x{width}", Case("linear_gemv", {"rows": rows, "width": width, **options}), weights)
-        for name, options in FORMATS.items()
-        for rows, width in ((4096, 4096), (32768, 4096), (4096, 16384))
-    ]
-    for kv in ("float16", "int8"):
-        for length in (8192, 32768, 131072):
-            options = {**SHAPE, "context": length, "scale": 0.09, "kv": kv, "splits": 64}
-            case = Case("attention_decode", options, position=length - 1)
-            timed.append((f"decode {kv} at {length}", case, ("k", "v", "k_scale", "v_scale")))
-    for title, case, names in timed:
-        first = on_device(draw(case))
-        size = _read(first, names)
-        sets = [first]
-        while len(sets) * size < 512 << 20 and len(sets) < 512:
-            sets.append({name: value.clone() if name in names else value for name, value in first.items()})  # type: ignore[union-attr]
-        run = partial(_launch_next, case, sets, arch)
-        took = seconds(run, launches=max(16, len(sets)))
-        yield {"what": title, "microseconds": took * 1e6, "bytes": size, "share_of_copy": size / took / bandwidth}
-    for name, options in FORMATS.items():
-        case = Case("linear_gemm", {"rows": 4096, "width": 4096, **options}, n=2048)
-        took = seconds(partial(_launch_next, case, [on_device(draw(case))], arch))
-        yield {"what": f"gemm {name} 2048x4096x4096", "microseconds": took * 1e6,
-               "tflops": 2 * 2048 * 4096 * 4096 / took / 1e12}  # fmt: skip
-    left, right = (torch.randn(size, 4096, dtype=torch.float16, device="cuda") for size in (2048, 4096))
-    product = torch.empty(2048, 4096, dtype=torch.float16, device="cuda")
-
-    def multiply(_: int) -> None:
-        torch.mm(left, right.T, out=product)
-
-    took = seconds(multiply)
-    yield {"what": "torch.matmul float16 2048x4096x4096", "microseconds": took * 1e6,
-           "tflops": 2 * 2048 * 4096 * 4096 / took / 1e12}  # fmt: skip
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default="gpu-results.json")
-    parser.add_argument("--only", nargs="*", default=[], help="kernels to check")
-    parser.add_argument("--seed", type=int, default=int(time.time()))
-    parser.add_argument("--no-timings", action="store_true")
-    arguments = parser.parse_args()
+def present(as_dry: bool) -> str | None:
+    """Return the level of the GPU here, or None with a word on why not."""
+    if as_dry:
+        return "sm_89"
     if not torch.cuda.is_available():
         print("no CUDA device: nothing was checked", file=sys.stderr)
-        return 3
+        return None
     major, minor = torch.cuda.get_device_capability()
-    arch = f"sm_{major}{minor}"
-    if arch not in ARCHS:
-        print(f"{arch} has no tuning table; known: {', '.join(ARCHS)}", file=sys.stderr)
+    if f"sm_{major}{minor}" not in ARCHS:
+        print(f"sm_{major}{minor} has no tuning table; known: {', '.join(ARCHS)}", file=sys.stderr)
+        return None
+    return f"sm_{major}{minor}"
+
+
+def hardware(level: str, as_dry: bool) -> Row:
+    import triton
+
+    name = "a driver in memory" if as_dry else torch.cuda.get_device_name()
+    return {"device": name, "level": level, "torch": torch.__version__, "triton": triton.__version__,
+            "cuda": torch.version.cuda, "python": platform.python_version()}  # fmt: skip
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--out", default="gpu-results.json")
+    parser.add_argument("--carried", type=Path)
+    parser.add_argument("--only", nargs="*", default=[], help="kernels to check")
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all parts together")
+    parser.add_argument("--dry", action="store_true")
+    arguments = parser.parse_args(words)
+    wanted = arguments.parts or list(PARTS)
+    if unknown := [part for part in wanted if part not in PARTS]:
+        parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    level = present(arguments.dry)
+    if level is None:
         return 3
-    rows = []
-    for case in [*cases(), *larger()]:
-        if arguments.only and case.kernel not in arguments.only:
-            continue
-        rows.append(check(case, arch, arguments.seed))
-        print("ok    " if rows[-1]["ok"] else "WRONG ", rows[-1]["case"], rows[-1].get("failure", ""), flush=True)
-    result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(), "arch": arch, "torch": torch.__version__, "triton": triton.__version__,
-        "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"), "seed": arguments.seed, "checks": rows,
-    }  # fmt: skip
-    if not arguments.no_timings and not arguments.only:
-        bandwidth = copy_bandwidth()
-        result |= {"copy_bytes_per_second": bandwidth, "timings": []}
-        for row in timings(arch, bandwidth):
-            result["timings"].append(row)
-            print(json.dumps(row), flush=True)
-    Path(arguments.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    wrong = [row for row in rows if not row["ok"]]
-    print(f"{len(rows) - len(wrong)} of {len(rows)} launches are right on {result['device']}; {arguments.out} written")
-    return 1 if wrong else 0
+    out, stop = Path(arguments.out), time.monotonic() + 60 * arguments.minutes
+    facts = hardware(level, arguments.dry)
+    results: Row = {"hardware": facts, "parts": {}}
+    if out.is_file():
+        before = json.loads(out.read_text(encoding="utf-8"))
+        if before["hardware"] != facts:
+            parser.error(f"{out} is of other hardware: {before['hardware']}")
+        results = before
+    with tempfile.TemporaryDirectory(prefix="arkinfer-gpu-") as made:
+        bandwidth, peak = (1.0, 1.0) if arguments.dry else (clock.copy_bandwidth(), clock.matrix_peak())
+        seen = [row for part in results["parts"].values() for row in part["rows"]]
+        folder = (arguments.carried or Path(made)).resolve()
+        call = Call(level, folder, arguments.seed, arguments.only, arguments.dry, seen, bandwidth, peak)
+        for name in wanted:
+            part = results["parts"][name] = {
+                "date": time.strftime("%Y-%m-%d %H:%M"), "seed": arguments.seed, "copy_bytes_per_second": bandwidth,
+                "matrix_operations_per_second": peak, "rows": [], "complete": False,
+            }  # fmt: skip
+            _run(name, call, part, stop)
+            results["goals"] = speed.goals([row for each in results["parts"].values() for row in each["rows"]])
+            if arguments.out != os.devnull:
+                out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    rows = [row for name in wanted for row in results["parts"][name]["rows"]]
+    wrong = [row for row in rows if row.get("ok") is False]
+    left = [name for name in wanted if not results["parts"][name]["complete"]]
+    print(f"{len(rows) - len(wrong)} of {len(rows)} rows are right on {facts['device']}; {arguments.out} written")
+    if left:
+        print(f"not finished: {', '.join(left)}")
+    return 1 if wrong or left else 0
+
+
+def _run(name: str, call: Call, part: Row, stop: float) -> None:
+    begin = time.monotonic()
+    try:
+        for row in PARTS[name](call):
+            part["rows"].append(row)
+            print(name, json.dumps(row), flush=True)
+            if time.monotonic() > stop:
+                break
+        else:
+            part["complete"] = True
+    except Exception:
+        part["rows"].append({"ok": False, "failure": traceback.format_exc().strip().splitlines()[-1]})
+        print(name, traceback.format_exc(), flush=True)
+    part["seconds"] = time.monotonic() - begin
 
 
 if __name__ == "__main__":
