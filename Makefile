@@ -18,10 +18,10 @@ demo: $(VENV)/.build
 
 install: $(VENV)/.build
 
-# Kernels for aarch64 are run, not only compiled.
+# Code for aarch64 is run, not only compiled.
 test: $(VENV)/.test
-	@command -v qemu-aarch64-static >/dev/null || command -v qemu-aarch64 >/dev/null || \
-	  { echo "make test needs qemu's emulation of programs: sudo apt-get install qemu-user-static"; exit 1; }
+	@$(BIN)/python -c 'from arkinfer.exporters import emulator; emulator.command("max", emulator.root())' 2>/dev/null || \
+	  { echo "make test needs qemu: sudo apt-get install qemu-user-static libc6-arm64-cross"; exit 1; }
 	$(BIN)/python -m pytest -n 2 $(PYTEST_OPTIONS)
 
 lint: $(VENV)/.test

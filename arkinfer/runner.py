@@ -9,6 +9,7 @@ import contextlib
 import struct
 import subprocess
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -47,7 +48,8 @@ class RunnerState(State):
 class RunnerExecutor(Executor):
     """Runs one artifact in ``arkrun --serve``. Not thread-safe.
 
-    ``emulator`` is what goes before the command: ["qemu-aarch64", "-L", FOLDER]. Raises what the runner refuses as
+    ``emulator`` is what goes before the command: ["qemu-aarch64", "-L", FOLDER]; ``runner`` is another file for the
+    command than the artifact's own. Raises what the runner refuses as
     ArtifactError, UnsupportedError or InternalError with its words.
     """
 
@@ -57,8 +59,9 @@ class RunnerExecutor(Executor):
         emulator: Sequence[str] = (),
         threads: int | None = None,
         attention: str | None = None,
+        runner: Path | None = None,
     ) -> None:
-        command = [*emulator, str(artifact.file(COMMAND)), str(artifact.path), "--serve"]
+        command = [*emulator, str(runner or artifact.file(COMMAND)), str(artifact.path), "--serve"]
         command += [] if threads is None else ["--threads", str(threads)]
         command += [] if attention is None else ["--attention", attention]
         self.dropped: list[int] = []

@@ -45,6 +45,9 @@ def compile_c(platform: Platform, sources: Sequence[Path], out: Path, *options: 
         # zig has no headers of Android's C library; those of musl declare the same functions and structures.
         target = "aarch64-linux-musl"
         plain += ["-fno-stack-protector", "-fno-builtin-bcmp"]
+    if platform.system == "ios":
+        # zig brings Apple's headers, which are the same for all its systems, but finds them for macOS alone.
+        plain += ["-isystem", str(Path(ziglang.__path__[0]) / "lib" / "libc" / "include" / "any-darwin-any")]
     zig("cc", "-target", target, *plain, "-c", *map(str, sources), "-o", str(out))
 
 
@@ -75,14 +78,14 @@ def link(platform: Platform, objects: Sequence[str | Path], out: Path) -> None:
         zig("cc", "-target", platform.zig, *plain, "-o", str(out), *files)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            stubs = [_stub(platform, soname, Path(folder)) for soname in platform.needed]
+            stubs = [stub(platform, soname, Path(folder)) for soname in platform.needed]
             named = ["-soname", out.name] if platform.system == "android" else []
             pages = ["-z", f"max-page-size={platform.page}"]
             _elf(platform, ["-s", *pages, *named, "-o", str(out), *files, *stubs])
 
 
-def _stub(platform: Platform, soname: str, folder: Path) -> str:
-    """Return an empty library called ``soname``: linking with it writes down that the real one is needed."""
+def stub(platform: Platform, soname: str, folder: Path) -> str:
+    """Make an empty library called ``soname`` in ``folder``: what links with it says that it needs the real one."""
     source, item, out = folder / "empty.c", folder / "empty.o", folder / soname
     source.write_text("")
     zig("cc", "-target", platform.zig, "-g0", "-c", str(source), "-o", str(item))

@@ -139,17 +139,21 @@ def export(
     path("payload/native.json").write_text(text + "\n", encoding="utf-8")
     path(f"{FOLDER}/arkinfer.h").write_bytes((SOURCES / "arkinfer.h").read_bytes())
     for name in files(platform):
-        out = path(f"{FOLDER}/{name}")
-        key = _cached(platform, name)
-        if not compiled.fetch(key, out, ".native"):
-            build(platform, name, out)
-            compiled.keep(key, out, ".native")
-        out.chmod(0o755)
+        fetch(platform, name, path(f"{FOLDER}/{name}"))
 
 
 def files(platform: Platform) -> list[str]:
     """Return the names of what is compiled from the runner's sources for ``platform``."""
     return [f"libarkinfer{platform.suffix}", *([COMMAND] if platform.system == "linux" else [])]
+
+
+def fetch(platform: Platform, name: str, out: Path) -> None:
+    """Copy one of ``files(platform)`` from the cache of compiled code, or compile it."""
+    key = _cached(platform, name)
+    if not compiled.fetch(key, out, ".native"):
+        build(platform, name, out)
+        compiled.keep(key, out, ".native")
+    out.chmod(0o755)
 
 
 def build(platform: Platform, name: str, out: Path) -> None:

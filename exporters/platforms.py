@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from arkinfer.targets import Target
@@ -69,6 +69,10 @@ def find(name: str, glibc: str = "") -> Platform:
 
 
 def of(target: Target) -> Platform:
-    """Return what ``target`` is linked for: what its file says, else Linux on the architecture of its levels."""
-    machine = "aarch64" if target.arch[0].startswith("aarch64") else "x86_64"
-    return find(target.platform or f"linux-{machine}", target.glibc or "")
+    """Return what ``target`` is linked for."""
+    return find(name_of(target.arch, target.platform), target.glibc or "")
+
+
+def name_of(levels: Sequence[str], stated: str | None) -> str:
+    """Return the platform that a target's file states, or else Linux on the architecture of its ``levels``."""
+    return stated or f"linux-{'aarch64' if levels[0].startswith('aarch64') else 'x86_64'}"

@@ -13,9 +13,9 @@ import torch
 from arkinfer.artifact import Artifact
 from arkinfer.artifact.journal import Journal
 from arkinfer.errors import UnsupportedError
-from arkinfer.exporters import compiled, native, outline, platforms, refusals
+from arkinfer.exporters import compiled, emulation, native, outline, platforms, refusals
 from arkinfer.exporters import weights as weight_file
-from arkinfer.exporters.base import BuildOptions, Payload, Progress
+from arkinfer.exporters.base import BuildOptions, Payload, Progress, StandIn
 from arkinfer.exporters.compiler import Compiler
 from arkinfer.exporters.kernels.tir import peak
 from arkinfer.exporters.kernels.tir.isa import ISAS
@@ -108,8 +108,9 @@ class TvmExporter:
         """Return the weights of an artifact in canonical form, unpacked from the kernels' layout."""
         return weight_file.ArtifactWeights(model, file(WEIGHTS), origins)
 
-    def stand_in(self, artifact: Artifact) -> None:
-        """Return None: compiled code for processors only runs on them."""
+    def stand_in(self, artifact: Artifact) -> StandIn | None:
+        """Return an emulator that runs ``artifact``, or None where its architecture is not emulated."""
+        return emulation.stand_in(artifact)
 
 
 def _installed(tool: str) -> bool:

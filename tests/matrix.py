@@ -11,13 +11,15 @@ from __future__ import annotations
 import argparse
 import datetime
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import arkinfer
 from arkinfer import targets
 from arkinfer.artifact import Artifact
-from arkinfer.errors import ArkError
+from arkinfer.errors import ArkError, UnsupportedError
+from arkinfer.exporters import emulator
 from arkinfer.targets import probe
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -39,7 +41,7 @@ def _evidence(artifact: Artifact, level: str) -> str:
     if level.startswith("sm_"):
         return _on_gpu(artifact, level, today)
     if level not in probe.isa_levels():
-        return f"compiled | {MODEL} built {today}"
+        return _emulated(artifact, level, today)
     with mock.patch.object(probe, "isa_levels", lambda: (level,)):
         try:
             report = arkinfer.verify(artifact)
@@ -49,6 +51,20 @@ def _evidence(artifact: Artifact, level: str) -> str:
         raise SystemExit(f"{level}: {report.summary()}")
     how = f"{MODEL} verified over {report.positions:,} positions, {probe.machine().processor}, {today}"
     return f"ran | {how}"
+
+
+def _emulated(artifact: Artifact, level: str, today: str) -> str:
+    """Verify the code of one level under qemu, where that emulates its system."""
+    target = {**artifact.manifest.target, "arch": [level]}
+    try:
+        report = arkinfer.verify(replace(artifact, manifest=replace(artifact.manifest, target=target)))
+    except UnsupportedError as error:
+        return f"compiled | {MODEL} built; {error.message}, {today}"
+    if not report.passed:
+        raise SystemExit(f"{level}: {report.summary()}")
+    driven = report.evidence.partition(", driven")[1:]
+    where = f"qemu's {emulator.PROCESSORS[level].partition(',')[0]}{''.join(driven)}"
+    return f"emulated | {MODEL} verified over {report.positions:,} positions on {where}, {today}"
 
 
 def _on_gpu(artifact: Artifact, level: str, today: str) -> str:

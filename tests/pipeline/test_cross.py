@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from arkinfer import backends, pipeline, planning
-from arkinfer.errors import UnsupportedError
+from arkinfer.errors import ParityError, UnsupportedError
+from arkinfer.exporters import emulation, emulator
 from arkinfer.targets import probe
 from tests.checkpoints import CONFIGS, write_checkpoint
 
@@ -17,6 +19,11 @@ CODE = {"android": (".so", b"\x7fELF"), "iphone": (".a", b"!<arch>\n"), "macos-a
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("cross") / "llama", CONFIGS["llama"])
+
+
+@pytest.fixture(scope="session")
+def minicpm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("cross") / "minicpm", CONFIGS["minicpm"])
 
 
 def board(folder: Path, text: str) -> Path:
@@ -74,3 +81,62 @@ def test_the_context_is_what_the_targets_memory_allows(llama: Path, tmp_path: Pa
     assert planning.plan(llama, tight, context=1000).fits is False
     hopeless = planning.plan(llama, board(tmp_path, "extends: android\nmemory: 1 MB\n"))
     assert (hopeless.fits, hopeless.context) == (False, 1024)
+
+
+def test_a_build_for_aarch64_is_verified_under_qemu(minicpm: Path, tmp_path: Path) -> None:
+    artifact = pipeline.build(minicpm, "linux-aarch64", out=tmp_path / "out.ark", quality="off")
+    parity = artifact.manifest.parity
+    assert parity is not None
+    assert parity["passed"] is True
+    assert parity["evidence"] == "emulated, aarch64-i8mm and aarch64-dotprod under qemu"
+    assert artifact.manifest.provenance["notes"] == []
+
+
+def test_without_qemu_the_artifact_says_that_it_was_only_compiled(
+    minicpm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(emulator, "find", lambda: None)
+    said: list[str] = []
+    target = board(tmp_path, "extends: linux-aarch64\narch: [aarch64-dotprod]\n")
+    artifact = pipeline.build(minicpm, target, out=tmp_path / "out.ark", say=said.append)
+    assert artifact.manifest.parity is None
+    (note,) = artifact.manifest.provenance["notes"]
+    assert note == "compiled, not verified: code for aarch64 runs here only under emulation, and qemu is not installed"
+    assert said[-1] == f"warning: {note}; apt-get install qemu-user-static libc6-arm64-cross"
+    with pytest.raises(UnsupportedError) as caught:
+        pipeline.verify_artifact(artifact)
+    assert (caught.value.code, caught.value.exit_code) == ("ARK-E317", 3)
+
+
+def test_what_nothing_emulates_is_compiled_only(llama: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    target = board(tmp_path, "extends: iphone\narch: [aarch64-dotprod]\n")
+    artifact = pipeline.build(llama, target, out=tmp_path / "out.ark", say=said.append)
+    assert artifact.manifest.parity is None
+    assert "nothing here emulates ios-arm64" in artifact.manifest.provenance["notes"][0]
+    assert "--target linux-aarch64" in said[-1]
+
+
+class _Stepper:
+    """An executor with random logits, ``noise`` away from those of all others."""
+
+    vocab_size, max_context, isa = 50, 1024, "some-level"
+
+    def __init__(self, noise: float) -> None:
+        self.noise = noise
+
+    def new_state(self, capacity: int) -> None:
+        pass
+
+    def step(self, tokens: list[int], state: None, logits: str) -> np.ndarray:
+        common, own = (np.random.default_rng(seed).normal(size=(len(tokens), self.vocab_size)) for seed in (0, 1))
+        return common + self.noise * own
+
+
+def test_levels_that_differ_are_no_artifact() -> None:
+    emulation._compare(_Stepper(0), _Stepper(1e-4))  # type: ignore[arg-type]
+    with pytest.raises(ParityError) as caught:
+        emulation._compare(_Stepper(0), _Stepper(0.3))  # type: ignore[arg-type]
+    assert caught.value.code == "ARK-E403"
+    with pytest.raises(ParityError):
+        emulation._compare(_Stepper(0), _Stepper(float("nan")))  # type: ignore[arg-type]

@@ -26,13 +26,6 @@ _numbers = itertools.count()
 _CODES = {"i": 0, "u": 1, "f": 2}  # DLPack's type codes by numpy's kinds
 
 
-def qemu() -> str:
-    """Return the emulator; its absence is an error, since a test left out would show nothing."""
-    found = emulator.find()
-    assert found, f"the kernels for aarch64 run under qemu: apt-get install {emulator.PACKAGE}"
-    return found
-
-
 @functools.cache
 def _folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="arkinfer-kernels-")  # removed when the process ends
@@ -87,5 +80,5 @@ def attempt(program: Path, processor: str, arguments: Sequence[np.ndarray | int]
         else:
             message.append(struct.pack("<3iq", 0, 0, 0, argument))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("QEMU_")}
-    command = emulator.command(qemu(), processor, program)
+    command = [*emulator.command(processor), str(program)]
     return subprocess.run(command, input=b"".join(message), capture_output=True, env=environment, check=False)
