@@ -41,7 +41,8 @@ def _evidence(artifact: Artifact, level: str) -> str:
     if level.startswith("sm_"):
         return _on_gpu(artifact, level, today)
     if level not in probe.isa_levels():
-        return _emulated(artifact, level, today)
+        tvm = artifact.manifest.backend == "tvm"
+        return _emulated(artifact, level, today) if tvm else f"compiled | {MODEL} built {today}"
     with mock.patch.object(probe, "isa_levels", lambda: (level,)):
         try:
             report = arkinfer.verify(artifact)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,12 @@ import pytest
 from arkinfer import backends, pipeline, planning
 from arkinfer.errors import ParityError, UnsupportedError
 from arkinfer.exporters import emulation, emulator
+from arkinfer.runtime.engine import open_engine
 from arkinfer.targets import probe
 from tests.checkpoints import CONFIGS, write_checkpoint
 
-CODE = {"android": (".so", b"\x7fELF"), "iphone": (".a", b"!<arch>\n"), "macos-arm64": (".dylib", b"\xcf\xfa\xed\xfe")}
+CODE = {"iphone": (".a", b"!<arch>\n"), "macos-arm64": (".dylib", b"\xcf\xfa\xed\xfe")}
+GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="session")
@@ -84,12 +87,31 @@ def test_the_context_is_what_the_targets_memory_allows(llama: Path, tmp_path: Pa
 
 
 def test_a_build_for_aarch64_is_verified_under_qemu(minicpm: Path, tmp_path: Path) -> None:
-    artifact = pipeline.build(minicpm, "linux-aarch64", out=tmp_path / "out.ark", quality="off")
+    artifact = pipeline.build(minicpm, "android", out=tmp_path / "out.ark", quality="off")
     parity = artifact.manifest.parity
     assert parity is not None
     assert parity["passed"] is True
-    assert parity["evidence"] == "emulated, aarch64-i8mm and aarch64-dotprod under qemu"
+    levels = "aarch64-i8mm and aarch64-dotprod"
+    assert parity["evidence"] == f"emulated, {levels} under qemu, driven by the runner for Linux"
     assert artifact.manifest.provenance["notes"] == []
+    assert artifact.file("payload/aarch64-i8mm.so").read_bytes().startswith(b"\x7fELF")
+    runtime = [entry.size for name, entry in artifact.manifest.files.items() if name.startswith("payload/")]
+    assert sum(runtime) < 8 << 20
+
+
+def test_golden_text_under_qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the CPU target answers, from the files of an artifact for aarch64."""
+    target = board(tmp_path, "extends: linux-aarch64\narch: [aarch64-dotprod]\n")
+    exact = {"weights": "ternary", "activations": "float", "kv": "fp32"}
+    artifact = pipeline.build("tiny-bitcpm", target, out=tmp_path / "out.ark", verify="none", **exact)
+    emulated = emulation.stand_in(artifact)
+    assert emulated is not None
+    assert emulated.executor.isa == "aarch64-dotprod"
+    monkeypatch.setattr(backends, "open", lambda *_: emulated.executor)
+    with open_engine(artifact) as engine:
+        answer = engine.generate(GOLDEN["messages"], max_tokens=60, temperature=0, thinking=False)
+    assert len(answer.text) > 100
+    assert GOLDEN["tiny-bitcpm"].startswith(answer.text)
 
 
 def test_without_qemu_the_artifact_says_that_it_was_only_compiled(
