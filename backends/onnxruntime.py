@@ -57,7 +57,10 @@ def _library(provider: str) -> Any:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """One state tensor. ``shape`` holds -1 at the axis that grows: one entry every ``stride`` tokens."""
+    """One state tensor. ``shape`` holds -1 at the axis that grows: one entry every ``stride`` tokens.
+
+    Where that is not every token there is one more, for what is not complete.
+    """
 
     name: str
     dtype: str
@@ -66,7 +69,8 @@ class CacheSpec:
 
     def extents(self, capacity: int) -> tuple[int, ...]:
         """Return the shape that holds ``capacity`` tokens."""
-        return tuple(max(1, capacity // self.stride) if axis == -1 else axis for axis in self.shape)
+        extent = capacity // self.stride + (self.stride > 1)
+        return tuple(extent if axis == -1 else axis for axis in self.shape)
 
 
 class OnnxruntimeState(State):
@@ -134,12 +138,10 @@ class OnnxruntimeExecutor(Executor):
         rope = plan["rope"]
         frequencies = np.array([float.fromhex(value) for value in rope["inverse_frequencies"]], np.float32)
         rotation = tables(frequencies, float.fromhex(rope["magnitude"]), 0, self.max_context)
-        kind = plan["activations"]
-        self._inputs = {
-            each.name for each in self.session.get_inputs()
-        }  # models in standard operators rotate by themselves
+        # Models in standard operators rotate by themselves.
+        self._inputs = {each.name for each in self.session.get_inputs()}
         self.constants = {
-            name: self.place(np.ascontiguousarray(table, kind))
+            name: self.place(np.ascontiguousarray(table, plan["activations"]))
             for name, table in zip(("cos", "sin"), rotation, strict=True)
             if name in self._inputs
         }
@@ -178,34 +180,42 @@ class OnnxruntimeExecutor(Executor):
         return self._library.OrtValue.ortvalue_from_numpy(array, self._provider, 0)
 
     def new_state(self, capacity: int | None = None) -> OnnxruntimeState:
-        """Reserve caches for ``capacity`` tokens (default: the artifact's context)."""
-        return OnnxruntimeState(self, min(capacity or self.max_context, self.max_context))
+        """Reserve caches for ``capacity`` tokens (default: the artifact's context), rounded up to whole blocks."""
+        block = self.plan["block"]
+        return OnnxruntimeState(self, -(-min(capacity or self.max_context, self.max_context) // block) * block)
 
     def step(self, tokens: Sequence[int], state: State, logits: Rows = "last") -> np.ndarray:
         """Append ``tokens`` to ``state`` and return float32 logits (rows, vocab): the last row's, all, or none."""
         assert isinstance(state, OnnxruntimeState)
-        count = len(tokens)
-        rows = {"last": [count - 1], "all": range(count), "none": []}[logits]
-        return self._run(self.check(tokens, state), rows, state, state.binding)
+        ids, count = self.check(tokens, state), len(tokens)
+        wanted = {"last": [count - 1], "all": range(count), "none": []}[logits]
+        found = np.empty((len(wanted), self.vocab_size), np.float32)
+        size, done = self.plan["piece"] or count, 0
+        for start in range(0, count, size):
+            rows = [row - start for row in wanted if start <= row < start + size]
+            self._run(ids[start : start + size], rows, state, state.binding, found[done : done + len(rows)])
+            done += len(rows)
+        return found
 
-    def _run(self, ids: np.ndarray, rows: Sequence[int], state: OnnxruntimeState, binding: Any) -> np.ndarray:
+    def _run(
+        self, ids: np.ndarray, rows: Sequence[int], state: OnnxruntimeState, binding: Any, logits: np.ndarray
+    ) -> None:
+        """Append ``ids`` and write the logits of ``rows`` to ``logits``."""
         count = ids.size
         inputs: dict[str, np.ndarray] = {
             "tokens": ids.astype(np.int64),
             "rows": np.array(rows, np.int64),
             "position": np.array([state.length], np.int64),
+            "gear": np.array([self._gear], np.int64),
             "last": np.array([state.length + count - 1], np.int32),
             "total": np.array(state.length + count, np.int32),
         }
-        for name, array in inputs.items():
-            if name not in self._inputs:
-                continue
+        for name in inputs.keys() & self._inputs:
+            array = inputs[name]
             binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        found = np.empty((len(rows), self.vocab_size), np.float32)
-        binding.bind_output("logits", "cpu", 0, found.dtype, found.shape, found.ctypes.data)
+        binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
         self.session.run_with_iobinding(binding)
         state.length += count
-        return found
 
     def trace(self, tokens: Sequence[int], state: State) -> Mapping[str, np.ndarray]:
         """Run ``tokens`` like ``step`` and keep the residual stream after every layer for ``tap``."""
@@ -217,7 +227,7 @@ class OnnxruntimeExecutor(Executor):
         found = {name: np.empty((1, ids.size, hidden), np.float32) for name in self.plan["taps"]}
         for name, array in found.items():
             binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        self._run(ids, [ids.size - 1], state, binding)
+        self._run(ids, [], state, binding, np.empty((0, self.vocab_size), np.float32))
         self._traced = {name: array[0] for name, array in found.items()}
         return self._traced
 

@@ -72,19 +72,22 @@ class Bodies:
         self.positions = model.op("Add", steps, self.position)  # (n,)
 
     def rotation(self, frequencies: Sequence[float]) -> None:
-        """Make cosines and sines (1, n, head_dim / 2) of the step's positions; angles are float32."""
+        """Make the rotation tables and the mask (1, 1, n, capacity) of what a row may attend to."""
         model = self.model
-        column = model.op("Unsqueeze", model.cast(self.positions, "F32"), model.constant([1]))
-        angles = model.op("Mul", column, model.constant([list(frequencies)], "F32"))
-        magnitude = model.constant(self.shape.magnitude, "F32")
-        self.tables = []
-        for kind in ("Cos", "Sin"):
-            table = model.op("Mul", model.op(kind, angles), magnitude)
-            self.tables.append(self.narrow(model, model.op("Unsqueeze", table, model.constant([0]))))
+        self.tables = self.angles(frequencies)
         keys = model.op("Range", model.constant(0), model.constant(self.shape.capacity), model.constant(1))
         row = model.op("Unsqueeze", self.positions, model.constant([1]))
         causal = model.op("LessOrEqual", keys, row)  # (n, capacity)
         self.mask = model.op("Unsqueeze", causal, model.constant([0, 1]))
+
+    def angles(self, frequencies: Sequence[float]) -> list[Value]:
+        """Return cosines and sines (1, n, head_dim / 2) of the step's positions; angles are float32."""
+        model = self.model
+        column = model.op("Unsqueeze", model.cast(self.positions, "F32"), model.constant([1]))
+        angles = model.op("Mul", column, model.constant([list(frequencies)], "F32"))
+        magnitude = model.constant(self.shape.magnitude, "F32")
+        tables = [model.op("Mul", model.op(kind, angles), magnitude) for kind in ("Cos", "Sin")]
+        return [self.narrow(model, model.op("Unsqueeze", table, model.constant([0]))) for table in tables]
 
     def narrow(self, scope: Scope, value: Value) -> Value:
         """Return a float32 value as activations are."""
@@ -192,9 +195,9 @@ class Bodies:
         return self.model.op("Gather", x, self.rows, axis=1)
 
     def attention(
-        self, qkv: Value, norms: Sequence[Value], eps: float, k: Value, v: Value, scale: float
-    ) -> tuple[Value, Value, Value]:
-        """Append to the caches (1, kv_heads, capacity, head_dim) and attend; return (1, n, width) and both caches.
+        self, qkv: Value, norms: Sequence[Value], eps: float, caches: Sequence[Value], scale: float
+    ) -> tuple[Value, ...]:
+        """Append to the caches k and v (1, kv_heads, capacity, head_dim) and attend; return (1, n, width) and both.
 
         ``norms``: the weights of the norms over the heads of q and k, or none.
         """
@@ -217,9 +220,8 @@ class Bodies:
             mixed = scope.op("Transpose", mixed, perm=[0, 2, 1, 3])
             return scope.op("Reshape", mixed, scope.constant([1, -1, shape.heads * shape.head_dim])), k, v
 
-        inputs = (qkv, k, v, self.position, cos, sin, self.mask, *norms)
-        mixed, k, v = self.model.calls("attention", body, *inputs, key=(scale, eps))
-        return mixed, k, v
+        inputs = (qkv, *caches, self.position, cos, sin, self.mask, *norms)
+        return self.model.calls("attention", body, *inputs, key=(scale, eps))
 
     def split(self, scope: Scope, qkv: Value) -> list[tuple[Value, int]]:
         """Return queries, keys and values, (1, n, heads * head_dim), and how many heads each has."""

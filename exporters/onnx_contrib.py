@@ -93,8 +93,8 @@ class ContribBodies(Bodies):
         return self.model.call("swiglu", body, gate_up)
 
     def attention(
-        self, qkv: Value, norms: Sequence[Value], eps: float, k: Value, v: Value, scale: float
-    ) -> tuple[Value, Value, Value]:
+        self, qkv: Value, norms: Sequence[Value], eps: float, caches: Sequence[Value], scale: float
+    ) -> tuple[Value, ...]:
         """Append to the caches and attend: one kernel, after the norms where there are any."""
         shape = self.shape
 
@@ -112,9 +112,8 @@ class ContribBodies(Bodies):
                 num_heads=shape.heads, kv_num_heads=shape.kv_heads, scale=scale, do_rotary=1,
             )  # fmt: skip
 
-        inputs = (qkv, k, v, self.last, self.total, *self.tables, *norms)
-        mixed, k, v = self.model.calls("attention", body, *inputs, key=(scale, eps))
-        return mixed, k, v
+        inputs = (qkv, *caches, self.last, self.total, *self.tables, *norms)
+        return self.model.calls("attention", body, *inputs, key=(scale, eps))
 
     def _normed(self, scope: Scope, x: Value, count: int, weight: Value, eps: float) -> Value:
         """Return (1, n, heads * head_dim) with each head normed."""

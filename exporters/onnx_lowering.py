@@ -6,6 +6,7 @@ and, updated, an output; a consumer that binds both to one address updates it in
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from arkinfer.config import SparseConfig
 from arkinfer.errors import InternalError
 from arkinfer.exporters.base import BuildOptions
 from arkinfer.exporters.onnx_bodies import Bodies, Matrix, Shape
@@ -20,6 +22,7 @@ from arkinfer.exporters.onnx_contrib import ContribBodies
 from arkinfer.exporters.onnx_layout import rounds
 from arkinfer.exporters.onnx_model import Model, Value
 from arkinfer.exporters.onnx_outline import Layout, Tensor, layout_of, tensors, words
+from arkinfer.exporters.onnx_sparse import ContribSparseBodies, SparseBodies
 from arkinfer.exporters.onnx_tensorrt import TensorrtBodies
 from arkinfer.exporters.onnx_weights import Stored
 from arkinfer.graph import ModelGraph, Node, Weight
@@ -29,6 +32,7 @@ aten = torch.ops.aten
 ark = torch.ops.arkinfer
 
 BLOCK = 64  # caches of a fixed extent hold whole attention blocks
+_SPARSE = {"portable": SparseBodies, "onnxruntime": ContribSparseBodies}
 _BODIES = {"portable": Bodies, "onnxruntime": ContribBodies, "tensorrt": TensorrtBodies}
 _STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 KV = {"fp32": "F32", "fp16": "F16"}
@@ -58,19 +62,26 @@ class Lowering:
         self.stored: dict[str, Stored] = {}  # tensor of the weight file -> origin
         own = form == "onnxruntime"
         self.kv = KV[options.kv]
+        self.sparse = None if options.attention == "dense" else config.sparse
+        self.block = block = BLOCK if self.sparse is None else math.lcm(BLOCK, self.sparse.block_size)
         self.shape = Shape(
             config.heads,
             config.kv_heads,
             config.head_dim,
             activations,
-            "capacity" if own else -(-options.context // BLOCK) * BLOCK,
+            "capacity" if own else -(-options.context // block) * block,
             options.context,
             float(config.rope.magnitude(config.max_context)),
         )
-        self.bodies = _BODIES[form](self.model, self.shape)
+        if self.sparse is None:
+            self.bodies = _BODIES[form](self.model, self.shape)
+        else:
+            gear = None if own else threshold(self.sparse, options.attention)
+            self.bodies = _SPARSE[form](self.model, self.shape, self.sparse, gear)
         self.values: dict[Node, Value] = {}
         self.orders: dict[str, Value] = {}  # digest of an order of columns -> its value
         self.layer = 0
+        self.caches: list[tuple[str, Value, tuple[int | str, ...]]] = []  # updated ones
         self.rules: Mapping[Any, Callable[[Node], None]] = {
             ark.embedding.default: self._embedding,
             aten.embedding.default: self._embedding,
@@ -94,8 +105,6 @@ class Lowering:
         """Return the model of the whole graph; ``stored`` then lists the tensors of its weight file in order."""
         self.bodies.rotation(next(iter(self.source.constants.values())).float().tolist())
         residuals = self.source.residuals()
-        caches: list[tuple[str, Value]] = []
-        self.caches = caches
         taps = []
         for node in self.source.graph.nodes:
             if node.op == "call_function":
@@ -110,15 +119,23 @@ class Lowering:
         vocabulary, hidden = self.config.vocab_size, self.config.hidden_size
         logits = self.model.op("Squeeze", logits, self.model.constant([0]))
         self.model.output("logits", logits, "F32", ("r", vocabulary))
-        for name, value in caches:
-            self.model.output(f"{name}.out", value, self.kv, self._cache_shape())
+        for name, value, shape in self.caches:
+            self.model.output(f"{name}.out", value, self.kv, shape)
         if self.taps:
             for name, value in taps:
                 self.model.output(name, value, "F32", (1, "n", hidden))
         return self.model
 
-    def _cache_shape(self) -> tuple[int | str, ...]:
-        return 1, self.config.kv_heads, self.shape.capacity, self.config.head_dim
+    def _cache_shapes(self) -> dict[str, tuple[int | str, ...]]:
+        """Return the shapes of one layer's caches by name, in the order that the attention takes them."""
+        heads, width = self.config.kv_heads, self.config.head_dim
+        found: dict[str, tuple[int | str, ...]] = dict.fromkeys("kv", (1, heads, self.shape.capacity, width))
+        if isinstance(self.bodies, SparseBodies) and self.sparse is not None:
+            found["fine"] = (1, heads, self.bodies.extent(self.sparse.kernel_stride), width)
+            found["coarse"] = (1, heads, self.bodies.extent(self.sparse.coarse_stride), width)
+            if self.sparse.use_nope:
+                found["nope"] = found["k"]
+        return found
 
     # Weights
 
@@ -222,14 +239,17 @@ class Lowering:
         norms = [part.args[0] for part in (q, k) if part.args[0].target is aten.rms_norm.default]
         eps = float(norms[0].args[3]) if norms else 0.0
         weights = [self._vector(norm.args[2]) for norm in norms]
-        names = [f"layers.{self.layer}.{name}" for name in ("k", "v")]
-        caches = [self.model.input(name, self.kv, self._cache_shape()) for name in names]
-        mixed, *updated = self.bodies.attention(
-            self.values[qkv], weights, eps, caches[0], caches[1], float(node.args[13])
-        )
+        shapes = {f"layers.{self.layer}.{name}": shape for name, shape in self._cache_shapes().items()}
+        caches = [self.model.input(name, self.kv, shape) for name, shape in shapes.items()]
+        mixed, *updated = self.bodies.attention(self.values[qkv], weights, eps, caches, float(node.args[13]))
         self.values[node] = mixed
-        self.caches += zip(names, updated, strict=True)
+        self.caches += [(name, value, shapes[name]) for name, value in zip(shapes, updated, strict=True)]
         self.layer += 1
+
+
+def threshold(sparse: SparseConfig, attention: str) -> int:
+    """Return the length from which rows attend sparsely."""
+    return 0 if attention == "sparse" else max(0, sparse.dense_len)
 
 
 def _source(node: Node) -> Node:

@@ -138,6 +138,10 @@ class Model(Scope):
 
     def save(self, path: Path, places: Mapping[str, Place]) -> None:
         """Write the model to ``path``; ``places`` holds every weight's place in the weight file beside it."""
+        path.write_bytes(self.serialised(places, path.parent))
+
+    def serialised(self, places: Mapping[str, Place], folder: Path = Path()) -> bytes:
+        """Return the bytes of the model, whose weight file lies in ``folder``."""
         for name, value in self.weights.items():
             assert value.type is not None
             place = places[self._same.get(name, name)]
@@ -148,7 +152,7 @@ class Model(Scope):
                 ir.DataType(value.type.dtype),
                 shape=ir.Shape(value.shape or ()),
                 name=name,
-                base_dir=path.parent,
+                base_dir=folder,
             )
         graph = ir.Graph(
             self.inputs,
@@ -158,5 +162,6 @@ class Model(Scope):
             opset_imports=_OPSETS,
             name=self.name,
         )
-        model = ir.Model(graph, ir_version=IR_VERSION, functions=list(self.functions.values()))
-        path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+        model = ir.Model(graph, ir_version=IR_VERSION, functions=[*self.functions.values()])
+        written: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
+        return written

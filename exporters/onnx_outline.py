@@ -103,8 +103,8 @@ def reasons(config: ModelConfig, weights: Iterable[StoredMatrix], target: Target
     kv = "fp16" if narrow(target.arch) else "fp32"
     if options.kv != kv:
         found.append(f"onnxruntime's attention keeps keys and values as it computes, {kv} here; --kv {kv}")
-    if config.sparse is not None and options.attention != "dense":
-        found.append("sparse attention is not lowered to ONNX yet; --attention dense")
+    if config.sparse is not None and options.attention != "dense" and narrow(target.arch):
+        found.append("onnxruntime has no sparse attention on GPUs that keeps to them; --attention dense")
     for weight in weights:
         width = weight.shape[1]
         if weight.format == "dense":
@@ -137,8 +137,13 @@ class OnnxOutline:
 
     def caches(self, config: ModelConfig, kv: str, capacity: int) -> Mapping[str, int]:
         """Return the bytes of the state tensors of all layers by name."""
-        nbytes = config.layers * config.kv_heads * config.head_dim * capacity * _ITEM[kv]
-        return {"k": nbytes, "v": nbytes}
+        row = config.layers * config.kv_heads * config.head_dim * _ITEM[kv]
+        found, sparse = {"k": row * capacity, "v": row * capacity}, config.sparse
+        if sparse is not None:
+            strides = {"fine": sparse.kernel_stride, "coarse": sparse.coarse_stride}
+            found |= {name: row * (capacity // stride + 1) for name, stride in strides.items()}
+            found |= {"nope": row * capacity} if sparse.use_nope else {}
+        return found
 
     def workspace(self, structure: Structure, context: int) -> int:
         """Return the bytes of inner values of a prompt's step, in float32, and of the rotation tables."""

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 MODEL, WEIGHTS = "model.onnx", "weights-onnx.safetensors"
 PLAN_FORMAT = 1  # of payload/plan.json; the backend refuses any other
 FORM = "onnxruntime"
+PIECE = 128  # most tokens of a step where blocks are chosen: they share the gathered blocks, and mask each other's
 TOOLS = ("onnx", "onnx-ir")
 _DTYPES = {"F32": "float32", "F16": "float16"}
 
@@ -108,13 +109,17 @@ def plan_of(model: ModelGraph, lowering: Lowering, options: BuildOptions) -> dic
     read = sum(item.spec.nbytes for item in lowering.stored.values() if item.weight.name in names)
     activations = lowering.shape.activations
     frequencies = next(iter(model.constants.values())).float().tolist()
-    capacity = lowering.shape.capacity if isinstance(lowering.shape.capacity, int) else -1
-    cache = {
-        "dtype": _DTYPES[activations],
-        "shape": [1, config.kv_heads, capacity, config.head_dim],
-        "stride": 1,
-        "pack": 1,
-    }
+    sparse = lowering.sparse
+    strides = {} if sparse is None else {"fine": sparse.kernel_stride, "coarse": sparse.coarse_stride}
+    caches = [
+        {
+            "name": name,
+            "dtype": _DTYPES[activations],
+            "shape": [-1 if isinstance(extent, str) else extent for extent in shape],
+            "stride": strides.get(name.rpartition(".")[2], 1),
+        }
+        for name, _, shape in lowering.caches
+    ]
     return {
         "format": PLAN_FORMAT,
         "provider": "cuda" if activations == "F16" else "cpu",
@@ -124,13 +129,15 @@ def plan_of(model: ModelGraph, lowering: Lowering, options: BuildOptions) -> dic
         "max_context": options.context,
         "model": MODEL,
         "weights": WEIGHTS,
-        "caches": [{**cache, "name": f"layers.{layer}.{name}"} for layer in range(config.layers) for name in "kv"],
+        "caches": caches,
+        "block": lowering.block,
+        "piece": PIECE if sparse is not None else None,
         "taps": list(model.residuals().values()) if lowering.taps else [],
         "rope": {
             "inverse_frequencies": [value.hex() for value in frequencies],
             "magnitude": float(config.rope.magnitude(config.max_context)).hex(),
         },
-        "sparse": None,  # these models are dense throughout: onnx_outline refuses the other gear
+        "sparse": outline.gear(sparse),
         "bytes": outline.traffic(config, options.kv, read),
         "ops_per_token": sum(2 * weight.shape[0] * weight.shape[1] for weight in matrices),
     }
