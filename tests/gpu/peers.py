@@ -104,18 +104,18 @@ class Model:
 
     def _head(self, x: torch.Tensor) -> torch.Tensor:
         normed = functional.rms_norm(x[:, -1], x.shape[-1:], self.norm)
-        return functional.linear(normed, self.table).argmax()
+        return functional.linear(normed, self.table).argmax(dim=-1, keepdim=True)
 
     def decode(self, depth: int) -> float:
         """Return the seconds of one token after ``depth``."""
         config, place = self.config, clock.device()
         shape = (1, config.kv_heads, depth + 1, config.head_dim)
         caches = [tuple(torch.randn(shape, device=place, dtype=self.dtype) for _ in "kv") for _ in self.layers]
-        token = torch.zeros((), dtype=torch.int64, device=place)
+        token = torch.zeros(1, 1, dtype=torch.int64, device=place)
         cos, sin = self._turns(torch.tensor([depth], device=place))
 
         def step(_: int) -> None:
-            x = self.table[token][None, None]
+            x = self.table[token]
             for layer, (k, v) in zip(self.layers, caches, strict=True):
                 x = self.block(layer, x, cos, sin, (k, v))
             token.copy_(self._head(x))

@@ -68,7 +68,7 @@ def test_every_part_runs_and_calls_are_gathered(carried: Path, tmp_path: Path, m
     assert run.main(["kernels", "engine", "timings", "sanitizer", *options, "--out", str(out)]) == 0
     assert run.main(["decode", "prefill", "peers", *options, "--out", str(out)]) == 0
     parts = results(out)["parts"]
-    assert set(parts) == set(run.PARTS) - {"needle"}  # tests/pipeline/test_needle.py looks for these through a plan
+    assert set(parts) == set(run.PARTS) - {"needle"}  # tests/cuda/test_sparse.py looks for these through a plan
     assert all(part["complete"] for part in parts.values())
     (engine,) = parts["engine"]["rows"]
     assert engine["exact"] and engine["host_is_device"] and engine["tokens"] == 12
