@@ -13,7 +13,7 @@ from arkinfer import alternatives, estimate, exporters, structure, targets
 from arkinfer.amounts import size
 from arkinfer.artifact import staging
 from arkinfer.artifact.tensors import ITEM_BYTES, TensorSpec
-from arkinfer.backends.gears import decode_bytes, threshold, visible
+from arkinfer.backends.gears import NEVER, decode_bytes, threshold, visible
 from arkinfer.backends.tvm import BLOCK
 from arkinfer.checkpoint import Checkpoint, open_checkpoint
 from arkinfer.config import ModelConfig
@@ -402,16 +402,22 @@ class _Draft:
         )
 
     def _notes(self) -> list[str]:
+        if self.target.backend in exporters.WHOLE_CONTEXT:
+            whole = [
+                f"every token reads the caches of all {self.asked.options.context:,} tokens, whatever is in them or "
+                "chosen: --context as small as will do"
+            ]
+        else:
+            whole = []
         floats = any(how.format != "ternary" for how in self.sizes.stored.values())
         if (
             self.checkpoint.headers_only
             and floats
             and not any(layout.quantised for layout in self.checkpoint.layouts().values())
         ):
-            return [
-                "the weights were not fetched, so whether they are ternary is unknown: --weights ternary plans for that"
-            ]
-        return []
+            unknown = "the weights were not fetched, so whether they are ternary is unknown"
+            return [*whole, f"{unknown}: --weights ternary plans for that"]
+        return whole
 
     def _alternatives(self) -> list[str]:
         def look(other: Target) -> tuple[int, Sequence[str]]:
@@ -435,6 +441,8 @@ class _Draft:
         nbytes = decode_bytes(entry, sparse, gear, depth)
         middle = depth + PROMPT // 2  # where the prompt's average token lies
         keys = visible(sparse, gear, middle)
+        if self.target.backend in exporters.WHOLE_CONTEXT:
+            nbytes, keys = decode_bytes(entry, None, NEVER, options.context - 1), options.context
         compressed = 0.0
         if config.sparse is not None and middle + 1 >= gear:
             compressed = middle / config.sparse.kernel_stride

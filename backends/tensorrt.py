@@ -20,7 +20,7 @@ from arkinfer.artifact.engine_recipe import PROFILES, EngineRecipe
 from arkinfer.backends import tensorrt_finish
 from arkinfer.backends.base import Executor, Rows, State
 from arkinfer.backends.cuda_driver import Driver, places, require_memory
-from arkinfer.backends.gears import decode_bytes, gear, threshold
+from arkinfer.backends.gears import NEVER, decode_bytes, gear, threshold
 from arkinfer.backends.slots import Slot, Slots, SlotState
 from arkinfer.backends.tensorrt_finish import Device
 from arkinfer.errors import ArtifactError, InternalError, UnsupportedError, UserError
@@ -39,7 +39,7 @@ class TensorRtExecutor(Executor):
         self.threads = 1
         self.isa = device.gpu.level
         self.vocab_size, self.max_context = int(facts["vocab_size"]), int(facts["max_context"])
-        self._gear = _gear(facts["sparse"], artifact.manifest.attention, attention)
+        _check_gear(facts["sparse"], artifact.manifest.attention, attention)
         self._module, self._log = device.module, tensorrt.logger(device.module)
         # TensorRT for RTX captures graphs by itself, and only so.
         self._captures = not hasattr(device.module, "CudaGraphStrategy")
@@ -202,8 +202,11 @@ class TensorRtExecutor(Executor):
         state.length = depth
 
     def decode_bytes(self, depth: int) -> int:
-        """Return the bytes that one decode step must read at a context of ``depth`` tokens: weights and caches."""
-        return decode_bytes(self.recipe.facts["bytes"], self.recipe.facts["sparse"], self._gear, depth)
+        """Return the bytes that one decode step must read at a context of ``depth`` tokens: weights and caches.
+
+        All keys are read, whatever blocks are chosen: rows hide the others by a mask.
+        """
+        return decode_bytes(self.recipe.facts["bytes"], None, NEVER, depth)
 
     def bandwidth(self, seconds: float = 1.0) -> float:
         """Measure for about ``seconds`` how fast the device copies within its memory: bytes read and written, in /s."""
@@ -225,17 +228,15 @@ class TensorRtExecutor(Executor):
         driver.close()
 
 
-def _gear(sparse: Mapping[str, int] | None, built: str, asked: str | None) -> int:
-    """Return the length from which rows attend sparsely. Raises UserError for another gear than the engine's."""
-    wanted = gear(sparse, asked or built)
-    if wanted != threshold(sparse, built):
+def _check_gear(sparse: Mapping[str, int] | None, built: str, asked: str | None) -> None:
+    """Raise UserError for another gear than the engine's."""
+    if gear(sparse, asked or built) != threshold(sparse, built):
         raise UserError(
             f"this artifact was built for {built} attention, and its engine knows no other",
             facts={"asked for": asked},
             hint=f"arkinfer build MODEL --attention {asked}",
             code="ARK-E213",
         )
-    return wanted
 
 
 def open(artifact: Artifact, threads: int | None = None, attention: str | None = None) -> TensorRtExecutor:

@@ -28,6 +28,9 @@ OUTLINES = {
 # How kernels round int8 activations where not by division, see arkinfer.ops.linear: verification rounds alike.
 ROUNDING = {"onnxruntime": "int8_reciprocal"}
 
+# Where attention reads the caches to their end, and hides what no row may see.
+WHOLE_CONTEXT = ("tensorrt",)
+
 
 def get(backend: str) -> Exporter:
     """Return the exporter for ``backend``; raises UnsupportedError if this version has none."""

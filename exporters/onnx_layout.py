@@ -32,6 +32,8 @@ def pack(layout: Layout, rows: Packed) -> dict[str, torch.Tensor]:
     count, width = rows.shape
     repeats = group_extent(rows.group, width) // layout.block
     found = {"scales": rows.scales.repeat_interleave(repeats, dim=1)}
+    if layout.kind == "signed":  # TensorRT takes no scale of 0; all codes are 0 where there is one
+        found["scales"] = torch.where(found["scales"] == 0, _least(rows.scales), found["scales"])
     shift = _middle(layout) - ZERO[rows.format]
     codes = _codes(rows).to(torch.int16) + shift  # (rows, K), from 0 on
     found["weight"] = _joined(layout, codes)
@@ -66,7 +68,14 @@ def canonical(
     else:
         weight = pack_nibbles(codes) if name == "int4" else pack_crumbs(codes)
     scales = parts["scales"][:, ::repeats].contiguous()
+    if layout.kind == "signed":
+        scales = torch.where(scales == _least(scales), 0, scales)
     return Packed(name, group, shape, weight, scales, None if zeros is None else zeros.contiguous())
+
+
+def _least(scales: torch.Tensor) -> torch.Tensor:
+    """Return the least number of full precision in the dtype of ``scales``: what stands for 0."""
+    return torch.tensor(torch.finfo(scales.dtype).smallest_normal, dtype=scales.dtype)
 
 
 def cut(layout: Layout, part: str, tensor: torch.Tensor, blocks: int, start: int, stop: int) -> torch.Tensor:

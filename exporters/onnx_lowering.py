@@ -24,6 +24,7 @@ from arkinfer.exporters.onnx_model import Model, Value
 from arkinfer.exporters.onnx_outline import Layout, Tensor, layout_of, tensors, words
 from arkinfer.exporters.onnx_sparse import ContribSparseBodies, SparseBodies
 from arkinfer.exporters.onnx_tensorrt import TensorrtBodies
+from arkinfer.exporters.onnx_tensorrt_sparse import TensorrtSparseBodies
 from arkinfer.exporters.onnx_weights import Stored
 from arkinfer.graph import ModelGraph, Node, Weight
 from arkinfer.quant.groups import activation_group
@@ -32,7 +33,7 @@ aten = torch.ops.aten
 ark = torch.ops.arkinfer
 
 BLOCK = 64  # caches of a fixed extent hold whole attention blocks
-_SPARSE = {"portable": SparseBodies, "onnxruntime": ContribSparseBodies}
+_SPARSE = {"portable": SparseBodies, "onnxruntime": ContribSparseBodies, "tensorrt": TensorrtSparseBodies}
 _BODIES = {"portable": Bodies, "onnxruntime": ContribBodies, "tensorrt": TensorrtBodies}
 _STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 KV = {"fp32": "F32", "fp16": "F16"}

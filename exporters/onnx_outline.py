@@ -105,15 +105,19 @@ def reasons(config: ModelConfig, weights: Iterable[StoredMatrix], target: Target
         found.append(f"onnxruntime's attention keeps keys and values as it computes, {kv} here; --kv {kv}")
     if config.sparse is not None and options.attention != "dense" and narrow(target.arch):
         found.append("onnxruntime has no sparse attention on GPUs that keeps to them; --attention dense")
+    return found + groups(weights)
+
+
+def groups(weights: Iterable[StoredMatrix]) -> list[str]:
+    """Return a sentence where a matrix has groups that no operator of ONNX takes; empty if there is none."""
     for weight in weights:
         width = weight.shape[1]
         if weight.format == "dense":
             continue
         extent = weight.group or width
         if extent % LEAST or width % extent:
-            found.append(f"{weight.name}: groups of {extent} inputs are not multiples of {LEAST}; --weights fp16")
-            break
-    return found
+            return [f"{weight.name}: groups of {extent} inputs are not multiples of {LEAST}; --weights fp16"]
+    return []
 
 
 def narrow(levels: Iterable[str]) -> bool:

@@ -43,7 +43,7 @@ def reasons(config: ModelConfig, weights: Iterable[StoredMatrix], target: Target
             found.append("an engine is built ahead of time for one architecture")
     if options.kv != "fp16":
         found.append("TensorRT updates caches of float16 alone; --kv fp16")
-    return found + onnx_outline.reasons(config, weights, target, options)
+    return found + onnx_outline.groups(weights)
 
 
 class TensorRtOutline:
@@ -63,8 +63,7 @@ class TensorRtOutline:
 
     def caches(self, config: ModelConfig, kv: str, capacity: int) -> Mapping[str, int]:
         """Return the bytes of the state tensors of all layers by name."""
-        size = 2 * config.layers * config.kv_heads * config.head_dim * capacity
-        return {"k": size, "v": size}
+        return onnx_outline.OnnxOutline().caches(config, kv, capacity)
 
     def workspace(self, structure: Structure, context: int) -> int:
         """Return the bytes of a prompt's step: inner values as TensorRT may keep them, the mask, rows of logits.

@@ -162,8 +162,14 @@ def parse(module: Any, log: Any, model: Path) -> tuple[Any, Any, dict[str, int]]
         raise Refusal("cannot read the model", reasons or log.errors)
     layers: dict[str, int] = {}
     for index in range(network.num_layers):
-        kind = network.get_layer(index).type.name
+        layer = network.get_layer(index)
+        kind = layer.type.name
         layers[kind] = layers.get(kind, 0) + 1
+        if kind == "ATTENTION_INPUT":
+            # Where no kernel does it at once, it may be done in parts. The bindings hand out every layer as the base
+            # class; naming its own is their way to reach what is special to it.
+            layer.__class__ = module.IAttentionInputLayer
+            layer.attention.decomposable = True
     return builder, network, layers
 
 

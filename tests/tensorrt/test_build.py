@@ -106,6 +106,31 @@ def test_an_engine_ahead_of_time(name: str, tmp_path: Path, orin: Orin, monkeypa
     assert backends.finish(artifact) is None
 
 
+def test_sparse_attention(tmp_path: Path, orin: Orin, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows from the model's dense_len on choose their blocks, in an engine of fixed extents, in steps of any size."""
+    checkpoint = write_checkpoint(tmp_path / "minicpm", {**CONFIGS["minicpm"], "num_hidden_layers": 1})
+    out = tmp_path / "sparse.ark"
+    artifact = pipeline.build(
+        checkpoint, target="rtx-4090-tensorrt", out=out, weights="int8", context=250, verify="none"
+    )
+    recipe = tensorrt_finish.read_recipe(artifact)
+    assert recipe.facts["sparse"]["dense_len"] == 96
+    assert {cache.name for cache in recipe.caches if cache.name.startswith("layers.0.")} == {
+        f"layers.0.{name}" for name in ("k", "v", "fine", "coarse")
+    }
+    orin(artifact, level="sm_89")
+    monkeypatch.setattr(tensorrt.library("tensorrt_rtx"), "Runtime", runtime.Runtime)
+    monkeypatch.setitem(parity.SUITES, "fast", 250)  # type: ignore[arg-type]
+    report = pipeline.verify_artifact(artifact)
+    assert report.passed and report.evidence == "ran", report.summary()
+    executor, tokens = backends.open(artifact), [(13 * index + index * index) % 400 for index in range(140)]
+    state, other = executor.new_state(), executor.new_state()
+    executor.step(tokens[:130], state, "none")
+    executor.step(tokens[:130], other, "none")
+    singles = [executor.step([token], state)[0] for token in tokens[130:]]
+    assert np.allclose(singles, executor.step(tokens[130:], other, "all"), atol=0.05)
+
+
 def test_what_it_cannot_run_is_refused_before_building(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError) as caught:
         pipeline.build("tiny-minicpm", target="jetson-orin", out=tmp_path / "x.ark", kv="int8")
@@ -136,6 +161,9 @@ def test_plan_names_what_is_expected_to_be_faster() -> None:
         "tiny-bitcpm", "jetson-orin-cuda"
     )
     assert "reads as much a token" in notes("tiny-minicpm", "jetson-orin")
+    assert "caches of all 2,048 tokens" in notes("tiny-minicpm", "jetson-orin")
+    long, short = (planning.plan("tiny-minicpm", target="jetson-orin", context=size) for size in (2048, 512))
+    assert long.speeds[0].decode_bytes - short.speeds[0].decode_bytes == 1536 * 4 * 2 * 2 * 64 * 2
 
 
 def change(recipe: EngineRecipe, **values: object) -> str:
