@@ -6,8 +6,10 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
+from arkinfer.exporters.kernels.triton.sampling import PART
 from tests.kernels.triton import draws
 from tests.kernels.triton.samples import Case
 
@@ -132,6 +134,38 @@ def _draws() -> Iterator[Case]:
         if name == "sample":
             given = {name: value.tolist() for name, value in arguments.items()}
             yield Case(name, options, values=given, note="NaN among the logits")
+
+
+def borders() -> list[Case]:
+    """Return a draw that falls between two parts, where the interpreter's sums of the parts before it disagree.
+
+    Each part has one token of weight, not its first. Elsewhere sums round in other ways, so it is not for a device.
+    """
+    generator, parts = np.random.default_rng(3), 32
+    while True:
+        logits = -generator.random(parts, np.float32) * 2
+        logits[0] = 0
+        masses = np.exp(logits)
+        running, exact = np.cumsum(masses), np.cumsum(np.exp(logits.astype(np.float64)))
+        for part in range(8, parts - 1):  # sums of fewer than eight are those of a loop
+            whole = np.sum(np.where(np.arange(parts) <= part, masses, np.float32(0)))
+            number = running[part] / np.sum(masses)
+            target = number * np.sum(masses)
+            if running[part] <= target < whole and exact[part] <= float(number) * exact[-1]:
+                return [_border(logits, masses, number)]
+
+
+def _border(logits: np.ndarray, masses: np.ndarray, number: np.float32) -> Case:
+    parts = len(logits)
+    whole = np.full((parts, PART), -1000, np.float32)
+    whole[:, 7] = logits
+    state = np.zeros(16, np.int32)
+    state[12:15] = 0, masses.sum().view(np.int32), -1
+    known = draws.start(torch.from_numpy(whole.reshape(-1)), 1.0, 0, 1.0, float(number))
+    given = {name: known[name] for name in ("logits", "control", "random", "tokens")}
+    ids = np.arange(parts, dtype=np.int32) * PART + 7
+    given |= {"values": logits, "ids": ids, "state": state, "above": masses, "equal": np.zeros(parts, np.float32)}
+    return Case("sample", {"vocab": parts * PART, "context": 4}, values=given, note="between two parts")
 
 
 def cases() -> list[Case]:

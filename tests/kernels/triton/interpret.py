@@ -12,14 +12,14 @@ os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from arkinfer.exporters.kernels.triton.kernel import ARCHS
-from tests.kernels.triton.cases import cases
+from tests.kernels.triton.cases import borders, cases
 from tests.kernels.triton.samples import copied, deviations, draw, expected, launch
 
 
 def main() -> None:
     wanted = sys.argv[1:]
     report = {}
-    for index, case in enumerate(cases()):
+    for index, case in enumerate([*cases(), *borders()]):
         if wanted and case.kernel not in wanted:
             continue
         values = draw(case)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from arkinfer.exporters.kernels import triton as kernels
-from tests.kernels.triton.cases import cases
+from tests.kernels.triton.cases import borders, cases
 
 pytest.importorskip("triton")
 
@@ -28,7 +28,7 @@ def report() -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("case", cases(), ids=str)
+@pytest.mark.parametrize("case", [*cases(), *borders()], ids=str)
 def test_the_code_computes_what_the_reference_says(case: Any, report: dict[str, Any]) -> None:
     outputs = report[str(case)]
     assert outputs
@@ -40,5 +40,5 @@ def test_every_kernel_has_cases() -> None:
 
 
 def test_cases_have_names_of_their_own() -> None:
-    names = [str(case) for case in cases()]
+    names = [str(case) for case in [*cases(), *borders()]]
     assert len(names) == len(set(names))

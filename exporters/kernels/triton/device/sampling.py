@@ -167,9 +167,10 @@ def sample(
         masses += tl.minimum(tl.maximum(room_of_part, 0.0), equals) * weight
         passed = tl.cumsum(masses, axis=0)
         target = tl.load(random + position) * tl.sum(masses, axis=0)
-        # The first part whose running sum passes the target; the last one that weighs anything if rounding ate it.
+        # The first part, of those that weigh anything, whose running sum passes the target; the last one if rounding
+        # ate it. Running sums in parallel are not monotone, and differ from the sum that is taken off below.
         last = tl.max(tl.where(masses > 0.0, p, 0), axis=0)
-        part = tl.minimum(tl.sum(((passed <= target) & inside).to(tl.int32), axis=0), last)
+        part = tl.min(tl.where((passed > target) & (masses > 0.0), p, last), axis=0)
         rest = target - tl.sum(tl.where(p < part, masses, 0.0), axis=0)
         left = tl.sum(tl.where(p == part, room_of_part, 0.0), axis=0)
         place, weights, ranks = _weights(logits, control, best, part, VOCAB, BLOCK)
@@ -180,5 +181,5 @@ def sample(
         weights = tl.where(taken, weights, 0.0)
         sums = tl.cumsum(weights, axis=0)
         final = tl.max(tl.where(weights > 0.0, place, 0), axis=0)
-        chosen = tl.minimum(part * BLOCK + tl.sum((sums <= rest).to(tl.int32), axis=0), final)
+        chosen = tl.min(tl.where((sums > rest) & (weights > 0.0), place, final), axis=0)
     _finish(tl.where(_sound(found), chosen, -1), position, control, tokens, token)
