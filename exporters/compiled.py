@@ -25,8 +25,8 @@ def _sources() -> bytes:
     """Return the digest of the code that turns a program into a library."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    own = [here / name for name in ("kernels/raised.c", "linker.py", "platforms.py", "program.py", "relax.py")]
-    for file in sorted([*own, *(here / "kernels" / "tir").glob("*.py")]):
+    names = ("kernels/raised.c", "linker.py", "macho.py", "platforms.py", "program.py", "relax.py")
+    for file in sorted([*(here / name for name in names), *(here / "kernels" / "tir").glob("*.py")]):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.digest()
 

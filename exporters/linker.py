@@ -13,7 +13,10 @@ from pathlib import Path
 import ziglang
 
 from arkinfer.errors import InternalError
+from arkinfer.exporters import macho
 from arkinfer.exporters.platforms import Platform
+
+OLDEST_IOS = (14, 0)
 
 _EMULATIONS = {"x86_64": "elf_x86_64", "aarch64": "aarch64linux"}  # as ld.lld names them
 
@@ -32,7 +35,7 @@ def zig(*arguments: str) -> None:
         raise InternalError(
             "the linker failed",
             facts={"command": f"zig {arguments[0]}", "reason": lines[0] if lines else result.stderr[-300:]},
-            code="ARK-E711",
+            code="ARK-E714",
         )
 
 
@@ -45,14 +48,11 @@ def compile_c(platform: Platform, sources: Sequence[Path], out: Path, *options: 
         # zig has no headers of Android's C library; those of musl declare the same functions and structures.
         target = "aarch64-linux-musl"
         plain += ["-fno-stack-protector", "-fno-builtin-bcmp"]
-    if platform.system == "ios":
-        # zig brings Apple's headers, which are the same for all its systems, but finds them for macOS alone.
-        plain += ["-isystem", str(Path(ziglang.__path__[0]) / "lib" / "libc" / "include" / "any-darwin-any")]
     zig("cc", "-target", target, *plain, "-c", *map(str, sources), "-o", str(out))
 
 
 def link_c(platform: Platform, item: Path, out: Path, program: bool = False) -> None:
-    """Link an object that calls the C library into a shared library (an archive for iOS), or a program for Linux."""
+    """Link an object that calls the C library into a shared library, or a program for Linux."""
     if platform.system == "linux":
         kind = [] if program else ["-shared", f"-Wl,-soname,{out.name}"]
         plain = ["-s", "-rtlib=none", "-Wl,--build-id=none", f"-Wl,-z,max-page-size={platform.page}"]
@@ -66,16 +66,15 @@ def link_c(platform: Platform, item: Path, out: Path, program: bool = False) -> 
 def link(platform: Platform, objects: Sequence[str | Path], out: Path) -> None:
     """Link ``objects`` into the library ``out`` of ``platform``; symbols that they lack are the loader's to find.
 
-    The same objects give the same bytes. A static platform gets an archive.
+    The same objects give the same bytes.
     """
     files = [str(item) for item in objects]
-    if platform.static:
-        out.unlink(missing_ok=True)  # else ar would add to it
-        zig("ar", "rcsD", str(out), *files)
-    elif platform.system == "macos":
+    if platform.suffix == ".dylib":
         name = f"-Wl,-install_name,@rpath/{out.name}"
         plain = ["-shared", "-nostdlib", "-lSystem", "-Wl,-undefined,dynamic_lookup", name]
         zig("cc", "-target", platform.zig, *plain, "-o", str(out), *files)
+        if platform.system == "ios":
+            macho.retarget(out, macho.IOS, OLDEST_IOS)
     else:
         with tempfile.TemporaryDirectory() as folder:
             stubs = [stub(platform, soname, Path(folder)) for soname in platform.needed]

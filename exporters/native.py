@@ -167,6 +167,7 @@ def build(platform: Platform, name: str, out: Path) -> None:
 
 def _cached(platform: Platform, name: str) -> str:
     digest = hashlib.sha256(repr((platform, name, linker.version())).encode())
-    for file in sorted([*SOURCES.glob("*.[ch]"), Path(__file__), Path(linker.__file__)]):
+    own = [Path(__file__).with_name(name) for name in ("linker.py", "macho.py", "native.py")]
+    for file in sorted([*SOURCES.glob("*.[ch]"), *own]):
         digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()

@@ -12,9 +12,9 @@ from arkinfer.targets import Target
 class Platform:
     """One operating system on one architecture.
 
-    ``machine`` is the architecture as LLVM names it; ``triple`` is LLVM's, ``zig`` that of `zig cc -target`. ``suffix``
-    is that of a library: shared, but for iOS, whose apps are linked by Xcode from static archives (.a). ``page`` is the
-    largest page in bytes that a loader may use. ``glibc`` is the oldest C library that code may need ("2.28"), empty
+    ``machine`` is the architecture as LLVM names it; ``triple`` is LLVM's, ``zig`` that of `zig cc -target`: for iOS
+    both name macOS, see macho.py. ``suffix`` is that of a shared library. ``page`` is the largest page in bytes that a
+    loader may use. ``glibc`` is the oldest C library that code may need ("2.28"), empty
     where there is none. ``needed`` are the libraries that a shared library must name because the system's linker finds
     no symbol otherwise.
     """
@@ -29,13 +29,9 @@ class Platform:
     glibc: str = ""
     needed: tuple[str, ...] = ()
 
-    @property
-    def static(self) -> bool:
-        """Whether a library is an archive of objects, linked into the program by whoever builds that."""
-        return self.suffix == ".a"
-
 
 _GLIBC = "2.28"  # that of the wheels of apache-tvm: Debian 10, Ubuntu 18.10, RHEL 8
+_MACOS = ("arm64-apple-macosx11.0.0", "aarch64-macos.11.0")
 
 PLATFORMS: Mapping[str, Platform] = {
     platform.name: platform
@@ -53,8 +49,8 @@ PLATFORMS: Mapping[str, Platform] = {
             16384,
             needed=("libc.so", "libm.so"),
         ),
-        Platform("macos-arm64", "macos", "aarch64", "arm64-apple-macosx11.0.0", "aarch64-macos.11.0", ".dylib", 16384),
-        Platform("ios-arm64", "ios", "aarch64", "arm64-apple-ios14.0.0", "aarch64-ios.14.0", ".a", 16384),
+        Platform("macos-arm64", "macos", "aarch64", *_MACOS, ".dylib", 16384),
+        Platform("ios-arm64", "ios", "aarch64", *_MACOS, ".dylib", 16384),
     )
 }
 

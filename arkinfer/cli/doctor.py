@@ -172,7 +172,23 @@ def _tools(target: Target) -> list[Finding]:
             "run",
             "" if library else _fix(target, "run"),
         ),
+        *_emulator(target),
     ]
+
+
+def _emulator(target: Target) -> list[Finding]:
+    """Look for what verifies code for aarch64 where this machine does not run it."""
+    from arkinfer.errors import UnsupportedError
+    from arkinfer.exporters import emulator
+    from arkinfer.targets import probe
+
+    if probe.level_for(target) is not None or not set(target.arch) & set(emulator.PROCESSORS):
+        return []
+    try:
+        found = emulator.command("max", emulator.root())[0]
+    except UnsupportedError as error:
+        return [Finding("emulator", error.message, "warning", "", error.hint)]
+    return [Finding("emulator", found, "ok")]
 
 
 def _board() -> list[Finding]:

@@ -87,6 +87,16 @@ def test_doctor_judges_this_machine(arkinfer: Arkinfer) -> None:
     assert names["numpy"]["verdict"] == "ok" and report["run"] in (True, False)
 
 
+def test_doctor_looks_for_the_emulator(arkinfer: Arkinfer, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = json.loads(arkinfer("doctor", "--target", "android", "--json").out)
+    assert {item["name"]: item["verdict"] for item in report["findings"]}["emulator"] == "ok"
+    monkeypatch.setattr("arkinfer.exporters.emulator.find", lambda: None)
+    out = arkinfer("doctor", "--target", "raspberry-pi-5").out
+    assert "qemu is not installed" in out
+    assert "try  apt-get install qemu-user-static libc6-arm64-cross" in out
+    assert "emulator" not in arkinfer("doctor").out
+
+
 def test_doctor_names_the_fix(arkinfer: Arkinfer, monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib import metadata
 

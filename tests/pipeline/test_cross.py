@@ -10,12 +10,12 @@ import pytest
 
 from arkinfer import backends, pipeline, planning
 from arkinfer.errors import ParityError, UnsupportedError
-from arkinfer.exporters import emulation, emulator
+from arkinfer.exporters import emulation, emulator, macho
 from arkinfer.runtime.engine import open_engine
 from arkinfer.targets import probe
 from tests.checkpoints import CONFIGS, write_checkpoint
 
-CODE = {"iphone": (".a", b"!<arch>\n"), "macos-arm64": (".dylib", b"\xcf\xfa\xed\xfe")}
+CODE = {"iphone": macho.IOS, "macos-arm64": 1}  # Apple's number of the system
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text(encoding="utf-8"))
 
 
@@ -39,10 +39,11 @@ def board(folder: Path, text: str) -> Path:
 def test_code_is_in_the_format_of_the_target(llama: Path, target: str, tmp_path: Path) -> None:
     one_level = board(tmp_path, f"extends: {target}\narch: [aarch64-dotprod]\n")
     artifact = pipeline.build(llama, one_level, out=tmp_path / "out.ark", verify="none")
-    suffix, magic = CODE[target]
-    code = artifact.file(f"payload/aarch64-dotprod{suffix}").read_bytes()
-    assert code.startswith(magic)
-    assert b"TVMFFIErrorSetRaised" in code
+    for name in ("payload/aarch64-dotprod.dylib", "payload/native/libarkinfer.dylib"):
+        code = artifact.file(name).read_bytes()
+        assert code.startswith(b"\xcf\xfa\xed\xfe")
+        place = next(offset for kind, offset in macho.commands(code) if kind == 0x32)
+        assert int.from_bytes(code[place + 8 : place + 12], "little") == CODE[target]
     assert artifact.manifest.parity is None
     with pytest.raises(UnsupportedError, match="no code for this machine") as caught:
         backends.open(artifact)

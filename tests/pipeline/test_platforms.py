@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from arkinfer.errors import InternalError
-from arkinfer.exporters import linker, platforms
+from arkinfer.exporters import linker, macho, platforms
 from arkinfer.exporters.platforms import PLATFORMS
 from arkinfer.targets import load, schema
 
 CODE = "void *memcpy(void *, const void *, unsigned long);\nvoid copy(void *a, void *b) { memcpy(a, b, 1000); }\n"
-MAGIC = {".so": b"\x7fELF", ".dylib": b"\xcf\xfa\xed\xfe", ".a": b"!<arch>\n"}
+MAGIC = {".so": b"\x7fELF", ".dylib": b"\xcf\xfa\xed\xfe"}
 
 
 def compiled(name: str, folder: Path) -> Path:
@@ -51,6 +51,16 @@ def test_android_libraries_name_what_they_need_and_lie_on_16_kib_pages(tmp_path:
     loaded = [header for header in headers if int.from_bytes(header[:4], "little") == 1]
     assert loaded
     assert all(int.from_bytes(header[48:56], "little") == 16384 for header in loaded)
+
+
+@pytest.mark.parametrize("name", ["macos-arm64", "ios-arm64"])
+def test_apples_libraries_are_signed(name: str, tmp_path: Path) -> None:
+    out = tmp_path / "code.dylib"
+    linker.link(platforms.find(name), [compiled(name, tmp_path)], out)
+    data = out.read_bytes()
+    digests = macho.page_digests(data)
+    assert digests
+    assert all(data[slot : slot + 32] == digest for slot, digest in digests)
 
 
 def test_the_target_says_which_c_library(tmp_path: Path) -> None:
