@@ -401,8 +401,13 @@ class _Draft:
             notes=(*config.notes, *self._notes(), *self._alternatives()),
         )
 
+    def _whole(self) -> bool:
+        """Tell whether every step reads the caches to their end, which choosing blocks is meant to spare."""
+        chosen = self.checkpoint.config.sparse is not None and self.asked.options.attention != "dense"
+        return chosen and self.target.backend in exporters.WHOLE_CONTEXT
+
     def _notes(self) -> list[str]:
-        if self.target.backend in exporters.WHOLE_CONTEXT:
+        if self._whole():
             whole = [
                 f"every token reads the caches of all {self.asked.options.context:,} tokens, whatever is in them or "
                 "chosen: --context as small as will do"
@@ -441,7 +446,7 @@ class _Draft:
         nbytes = decode_bytes(entry, sparse, gear, depth)
         middle = depth + PROMPT // 2  # where the prompt's average token lies
         keys = visible(sparse, gear, middle)
-        if self.target.backend in exporters.WHOLE_CONTEXT:
+        if self._whole():
             nbytes, keys = decode_bytes(entry, None, NEVER, options.context - 1), options.context
         compressed = 0.0
         if config.sparse is not None and middle + 1 >= gear:

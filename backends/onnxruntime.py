@@ -207,6 +207,7 @@ class OnnxruntimeExecutor(Executor):
             "rows": np.array(rows, np.int64),
             "position": np.array([state.length], np.int64),
             "gear": np.array([self._gear], np.int64),
+            "span": np.arange(state.length + count),
             "last": np.array([state.length + count - 1], np.int32),
             "total": np.array(state.length + count, np.int32),
         }

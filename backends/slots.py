@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from arkinfer.backends.base import State, truncated
@@ -13,12 +13,11 @@ from arkinfer.backends.cuda_driver import Driver, places
 
 @dataclass
 class Slot:
-    """The caches of one sequence: addresses by name, and the decode graph that uses them. ``used``: it has decoded."""
+    """The caches of one sequence: addresses by name, and the decode graphs that use them, by the keys they read."""
 
     block: int
     addresses: Mapping[str, int]
-    graph: Any = None
-    used: bool = False
+    graphs: dict[int, Any] = field(default_factory=dict)
 
 
 class Slots:

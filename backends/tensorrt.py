@@ -67,7 +67,9 @@ class TensorRtExecutor(Executor):
         self._check_engine()
         most = {name: max(getattr(recipe.profiles[each], name) for each in PROFILES) for name in ("tokens", "rows")}
         shapes = {"position": (1,), "rows": (most["rows"],), "tokens": (most["tokens"],)}
-        self._types = {name: np.dtype(self._module.nptype(self._engine.get_tensor_dtype(name))) for name in INPUTS}
+        if self._spans:
+            shapes["span"] = (recipe.capacity,)
+        self._types = {name: np.dtype(self._module.nptype(self._engine.get_tensor_dtype(name))) for name in shapes}
         self._offsets, inputs = places({name: self._types[name].itemsize * shape[0] for name, shape in shapes.items()})
         logits, scratch = 4 * most["rows"] * self.vocab_size, int(self._engine.device_memory_size_v2)
         offsets, size = places({"inputs": inputs, "logits": logits, "scratch": scratch})
@@ -77,6 +79,8 @@ class TensorRtExecutor(Executor):
         self._inputs = start
         self._addresses = {name: start + offset for name, offset in self._offsets.items()}
         self._addresses["logits"] = block + offsets["logits"]
+        if self._spans:
+            driver.upload(self._addresses["span"], np.arange(recipe.capacity, dtype=self._types["span"]))
         self.slots = Slots(driver, {cache.name: cache.nbytes for cache in recipe.caches})
         # A context for each profile: a captured graph stays valid as long as its context is left alone.
         self._contexts = {
@@ -101,16 +105,16 @@ class TensorRtExecutor(Executor):
             context.set_optimization_profile_async(index, int(self.driver.stream)), "set_optimization_profile"
         )
         self.driver.wait()
-        for name in INPUTS:
-            self._require(context.set_tensor_address(name, self._addresses[name]), name)
-        self._require(context.set_tensor_address("logits", self._addresses["logits"]), "logits")
+        for name, address in self._addresses.items():
+            self._require(context.set_tensor_address(name, address), name)
         return context
 
     def _check_engine(self) -> None:
         """Raise ArtifactError unless the engine takes and gives what the recipe says."""
         engine, module = self._engine, self._module
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-        expected = {*INPUTS, "logits"}
+        self._spans = "span" in names  # else every step reads the caches to their end
+        expected = {*INPUTS, "logits", *(("span",) if self._spans else ())}
         for cache in self.recipe.caches:
             for name in (cache.name, f"{cache.name}.out"):
                 expected.add(name)
@@ -143,7 +147,8 @@ class TensorRtExecutor(Executor):
             # The engine gives one row at least; where none is wanted it stays on the device.
             wanted = np.arange(count - max(rows, 1), count)
             self._write_inputs(state.length, ids[start : start + count], wanted)
-            self._run(profile, count, len(wanted), state.slot)
+            span = self.recipe.span(state.length + count) if self._spans else 0
+            self._run(profile, count, len(wanted), span, state.slot)
             self.driver.download(found[row : row + rows], self._addresses["logits"])
             state.length += count
             start, row = start + count, row + rows
@@ -158,20 +163,21 @@ class TensorRtExecutor(Executor):
             data[self._offsets[name] : self._offsets[name] + raw.size] = raw
         self.driver.upload(self._inputs, data)
 
-    def _run(self, profile: str, tokens: int, rows: int, slot: Slot) -> None:
-        if profile != "decode" or not self._captures or not slot.used:
-            # Before a context can be captured it must have run as it is.
-            self._start(profile, tokens, rows, slot)
-            slot.used = slot.used or profile == "decode"
+    def _run(self, profile: str, tokens: int, rows: int, span: int, slot: Slot) -> None:
+        if profile == "decode" and span in slot.graphs:
+            self.driver.replay(slot.graphs[span])
             return
-        if slot.graph is None:
-            slot.graph = self.driver.capture(lambda: self._start(profile, tokens, rows, slot))
-        self.driver.replay(slot.graph)
+        self._start(profile, tokens, rows, span, slot)
+        if profile == "decode" and self._captures:
+            # Recorded right after it ran as it is: a context has work to do after a change of shapes.
+            slot.graphs[span] = self.driver.capture(lambda: self._start(profile, tokens, rows, span, slot))
 
-    def _start(self, profile: str, tokens: int, rows: int, slot: Slot) -> None:
+    def _start(self, profile: str, tokens: int, rows: int, span: int, slot: Slot) -> None:
         context = self._contexts[profile]
         self._require(context.set_input_shape("tokens", (tokens,)), "tokens")
         self._require(context.set_input_shape("rows", (rows,)), "rows")
+        if self._spans:
+            self._require(context.set_input_shape("span", (span,)), "span")
         for name, address in slot.addresses.items():
             self._require(context.set_tensor_address(name, address), name)
             self._require(context.set_tensor_address(f"{name}.out", address), name)

@@ -28,8 +28,13 @@ OUTLINES = {
 # How kernels round int8 activations where not by division, see arkinfer.ops.linear: verification rounds alike.
 ROUNDING = {"onnxruntime": "int8_reciprocal"}
 
-# Where attention reads the caches to their end, and hides what no row may see.
+# Where attention that chooses blocks reads the caches to their end, and hides what was not chosen.
 WHOLE_CONTEXT = ("tensorrt",)
+
+
+def builds_engine(target: Target) -> bool:
+    """Tell whether a build for ``target`` makes an engine of all the weights, beside the weights."""
+    return target.backend == "tensorrt" and "tensorrt-rtx" in target.toolchain
 
 
 def get(backend: str) -> Exporter:

@@ -216,12 +216,17 @@ class Bodies:
             q, new_k = (scope.op("RotaryEmbedding", part, cos, sin) for part in (q, new_k))
             k = scope.op("TensorScatter", k, new_k, position, axis=2, mode="linear")
             v = scope.op("TensorScatter", v, new_v, position, axis=2, mode="linear")
-            mixed = scope.op("Attention", q, k, v, mask, scale=scale)  # (1, heads, n, head_dim)
+            keys, values = (self.seen(scope, cache, mask) for cache in (k, v))
+            mixed = scope.op("Attention", q, keys, values, mask, scale=scale)  # (1, heads, n, head_dim)
             mixed = scope.op("Transpose", mixed, perm=[0, 2, 1, 3])
             return scope.op("Reshape", mixed, scope.constant([1, -1, shape.heads * shape.head_dim])), k, v
 
         inputs = (qkv, *caches, self.position, cos, sin, self.mask, *norms)
         return self.model.calls("attention", body, *inputs, key=(scale, eps))
+
+    def seen(self, scope: Scope, cache: Value, mask: Value) -> Value:
+        """Return what of a cache the ``mask`` (1, 1, n, keys) is about."""
+        return cache
 
     def split(self, scope: Scope, qkv: Value) -> list[tuple[Value, int]]:
         """Return queries, keys and values, (1, n, heads * head_dim), and how many heads each has."""

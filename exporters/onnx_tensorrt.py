@@ -48,11 +48,19 @@ class TensorrtBodies(Bodies):
         return self.model.call(f"embedding_{table.name}", body, self.tokens, *table.parts.values(), key=scale)
 
     def rotation(self, frequencies: Sequence[float]) -> None:
-        """Make cosines and sines, and a mask of float16 to be added.
+        """Make cosines and sines, and a mask of float16 to be added, over as many keys as the input ``span`` has.
 
-        With one of booleans TensorRT for RTX 1.7.1 names two operators alike, and fails, where a profile is of a few
-        tokens.
+        ``span`` (m,) holds 0, 1, ...: a step at a short length need not read the caches to their end. With a mask of
+        booleans TensorRT for RTX 1.7.1 names two operators alike, and fails, where a profile is of a few tokens.
         """
-        super().rotation(frequencies)
+        self.tables = self.angles(frequencies)
         model = self.model
-        self.mask = model.op("Where", self.mask, model.constant(0, "F16"), model.constant(-65504, "F16"))
+        span = model.input("span", "I64", ("m",))
+        causal = model.op("LessOrEqual", span, model.op("Unsqueeze", self.positions, model.constant([1])))  # (n, m)
+        mask = model.op("Where", causal, model.constant(0, "F16"), model.constant(-65504, "F16"))
+        self.mask = model.op("Unsqueeze", mask, model.constant([0, 1]))
+
+    def seen(self, scope: Scope, cache: Value, mask: Value) -> Value:
+        """Return the start of a cache, as long as the mask (1, 1, n, m)."""
+        span = scope.op("Shape", mask, start=3, end=4)
+        return scope.op("Slice", cache, scope.constant([0]), span, scope.constant([2]))

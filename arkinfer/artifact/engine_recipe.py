@@ -17,6 +17,7 @@ FORMAT = 1  # of FILE; readers refuse any other
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
 ITEM_BYTES: Mapping[str, int] = {"float16": 2, "float32": 4, "int8": 1, "int32": 4, "int64": 8}
 PROFILES = ("decode", "verify", "prefill")
+LEAST_SPAN = 256  # keys: the shortest part of the caches that an engine is asked to read
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,15 @@ class EngineRecipe:
     caches: tuple[Cache, ...]
     checked: str
     facts: Mapping[str, Any]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the caches hold."""
+        return max((cache.shape[2] for cache in self.caches if len(cache.shape) == 4), default=0)
+
+    def span(self, length: int) -> int:
+        """Return how many keys a step reads that ends at ``length``: a power of two or all, so that few graphs do."""
+        return min(max(LEAST_SPAN, 1 << (length - 1).bit_length()), self.capacity)
 
     @property
     def cache_bytes(self) -> int:

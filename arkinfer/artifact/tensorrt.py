@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import arkinfer
-from arkinfer.artifact.engine_recipe import PROFILES, EngineRecipe
+from arkinfer.artifact.engine_recipe import LEAST_SPAN, PROFILES, EngineRecipe
 from arkinfer.errors import UnsupportedError, UserError
 
 STEPS = 1000  # units of progress
@@ -181,9 +181,9 @@ def configure(module: Any, builder: Any, network: Any, recipe: EngineRecipe, lev
     inputs = {tensor.name: tensor for tensor in (network.get_input(index) for index in range(network.num_inputs))}
     outputs = {network.get_output(index).name for index in range(network.num_outputs)}
     expected = {"tokens", "position", "rows", *(cache.name for cache in recipe.caches)}
-    if set(inputs) != expected or outputs != {"logits", *(f"{cache.name}.out" for cache in recipe.caches)}:
-        raise Refusal("reads another model than the recipe's", sorted(set(inputs) ^ expected)[:_SHOWN])
-    if shaping := [name for name in ("position", "rows") if inputs[name].is_shape_tensor]:
+    if set(inputs) - {"span"} != expected or outputs != {"logits", *(f"{cache.name}.out" for cache in recipe.caches)}:
+        raise Refusal("reads another model than the recipe's", sorted((set(inputs) - {"span"}) ^ expected)[:_SHOWN])
+    if shaping := [name for name in ("position", "rows", "span") if name in inputs and inputs[name].is_shape_tensor]:
         # Such a value would have to lie in the host's memory, and a captured graph could not be replayed.
         raise Refusal("lets values decide shapes", shaping)
     config = builder.create_builder_config()
@@ -198,6 +198,8 @@ def configure(module: Any, builder: Any, network: Any, recipe: EngineRecipe, lev
         shapes = builder.create_optimization_profile()
         shapes.set_shape("tokens", (1,), (profile.tokens,), (profile.tokens,))
         shapes.set_shape("rows", (1,), (1 if profile.tokens > profile.rows else profile.rows,), (profile.rows,))
+        if "span" in inputs:  # fastest where the caches are full: at the start there is little to read
+            shapes.set_shape("span", (min(LEAST_SPAN, recipe.capacity),), (recipe.capacity,), (recipe.capacity,))
         config.add_optimization_profile(shapes)
     return config
 

@@ -71,6 +71,8 @@ class Runner:
         binding.bind_cpu_input("tokens", np.array(tokens, np.int64))
         binding.bind_cpu_input("position", np.array([self.length], np.int64))
         binding.bind_cpu_input("rows", np.array(rows, np.int64))
+        if "span" in {each.name for each in self.session.get_inputs()}:
+            binding.bind_cpu_input("span", np.arange(self.length + len(tokens)))
         for name, cache in self.caches.items():
             binding.bind_input(name, "cpu", 0, cache.dtype, cache.shape, cache.ctypes.data)
             binding.bind_output(f"{name}.out", "cpu", 0, cache.dtype, cache.shape, cache.ctypes.data)

@@ -17,7 +17,7 @@ from arkinfer.artifact.engine_recipe import FILE, Cache, EngineRecipe, Profile
 from tests.artifact.samples import fields
 
 DATA = "weights-decoder.data"
-VOCABULARY, CONTEXT = 200, 128
+VOCABULARY, CONTEXT = 200, 640
 PROFILES = {"decode": Profile(1, 1), "verify": Profile(8, 8), "prefill": Profile(96, 16)}
 _HALF = TensorProto.FLOAT16
 _HIDDEN, _HEADS, _KV_HEADS, _DIM, _LAYERS, _WIDE = 64, 4, 2, 16, 1, 96
@@ -51,7 +51,8 @@ def write_model(path: Path) -> None:
     h = op("Unsqueeze", op("Gather", graph.matrix(VOCABULARY, _HIDDEN), "tokens"), constant([0]))
     steps = op("Range", constant(0), op("Squeeze", op("Shape", "tokens")), constant(1))
     positions = op("Add", "position", steps)
-    seen = op("LessOrEqual", constant([np.arange(CONTEXT)]), op("Unsqueeze", positions, constant([1])))
+    seen = op("LessOrEqual", "span", op("Unsqueeze", positions, constant([1])))
+    reach = op("Shape", "span")
     # A mask of booleans does not build for a few tokens: TensorRT for RTX 1.7.1 names two operators alike.
     mask = op("Where", seen, constant(0, np.float16), constant(-65504, np.float16))
     mask = op("Unsqueeze", mask, constant([0, 1]))
@@ -59,7 +60,7 @@ def write_model(path: Path) -> None:
     cos, sin = constant(np.cos(angles), np.float16), constant(np.sin(angles), np.float16)
     batched = op("Unsqueeze", positions, constant([0]))
     inputs = [("tokens", TensorProto.INT64, ["n"]), ("position", TensorProto.INT64, [1])]
-    inputs.append(("rows", TensorProto.INT64, ["r"]))
+    inputs += [("rows", TensorProto.INT64, ["r"]), ("span", TensorProto.INT64, ["m"])]
     outputs: list[tuple[str, int, list[Any]]] = [("logits", TensorProto.FLOAT, ["r", VOCABULARY])]
     for layer in range(_LAYERS):
         x = op("RMSNormalization", h, ones, epsilon=1e-5)
@@ -74,6 +75,7 @@ def write_model(path: Path) -> None:
             inputs.append((cache, _HALF, [1, _KV_HEADS, CONTEXT, _DIM]))
             outputs.append((f"{cache}.out", _HALF, [1, _KV_HEADS, CONTEXT, _DIM]))
             updated.append(op("TensorScatter", cache, part, "position", out=f"{cache}.out", axis=2, mode="linear"))
+        updated = [op("Slice", each, constant([0]), reach, constant([2])) for each in updated]
         mixed = op("Transpose", op("Attention", q, *updated, mask), perm=[0, 2, 1, 3])
         mixed = op("Reshape", mixed, constant([1, -1, _HEADS * _DIM]))
         h = op("Add", h, op("MatMul", mixed, graph.matrix(_HEADS * _DIM, _HIDDEN)))

@@ -120,8 +120,10 @@ class Context:
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         assert self.profile is not None
-        limits = self.scene.recipe.profiles[PROFILES[self.profile]]
-        if name not in self.engine.inputs or len(shape) != 1 or not 1 <= shape[0] <= getattr(limits, name):
+        recipe = self.scene.recipe
+        limits = recipe.profiles[PROFILES[self.profile]]
+        least, most = (min(256, recipe.capacity), recipe.capacity) if name == "span" else (1, getattr(limits, name))
+        if name not in self.engine.inputs or len(shape) != 1 or not least <= shape[0] <= most:
             return False
         self.shapes[name] = shape
         return True
@@ -129,7 +131,8 @@ class Context:
     def execute_async_v3(self, stream: int) -> bool:
         driver = self.scene.driver
         assert stream == int(driver.stream) and self.memory and self.profile is not None
-        if set(self.addresses) != set(self.engine.tensors) or set(self.shapes) != {"tokens", "rows"}:
+        moving = {name for name in self.engine.inputs if -1 in self.engine.get_tensor_shape(name)}
+        if set(self.addresses) != set(self.engine.tensors) or set(self.shapes) != moving:
             return False
         addresses, shapes = dict(self.addresses), dict(self.shapes)
         if driver.recording is None:

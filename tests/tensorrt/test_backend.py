@@ -32,6 +32,7 @@ class Plain:
             "tokens": np.array(tokens),
             "position": np.array([self.length]),
             "rows": np.arange(len(tokens)),
+            "span": np.arange(decoder.CONTEXT),
             **self.caches,
         }
         logits, *updated = self.session.run(None, inputs)
@@ -81,6 +82,18 @@ def test_one_graph_decodes_every_token(jetson: Artifact, orin: Orin) -> None:
     assert all(np.array_equal(one, two) for one, two in zip(plain, captured, strict=False))
 
 
+def test_a_step_reads_no_more_of_the_caches_than_it_needs(jetson: Artifact, orin: Orin) -> None:
+    driver = orin(jetson)
+    executor = backends.open(jetson)
+    state = executor.new_state()
+    executor.fill(state, 252)
+    for token in TOKENS[:8]:
+        executor.step([token], state)
+    assert (driver.captures, driver.replays) == (2, 6)  # 256 keys, then 512
+    recipe = executor.recipe  # type: ignore[attr-defined]
+    assert [recipe.span(length) for length in (1, 256, 257, 512, 513, 640)] == [256, 256, 512, 512, 640, 640]
+
+
 def test_fork_truncate_and_several_states(jetson: Artifact, orin: Orin) -> None:
     driver = orin(jetson)
     executor = backends.open(jetson)
@@ -106,8 +119,8 @@ def test_it_is_measured_like_the_others(jetson: Artifact, orin: Orin) -> None:
     driver = orin(jetson, 1 << 25)
     executor = backends.open(jetson)
     state = executor.new_state()
-    executor.fill(state, 90)
-    assert state.length == 90 and np.isfinite(executor.step([5], state)).all()
+    executor.fill(state, 600)
+    assert state.length == 600 and np.isfinite(executor.step([5], state)).all()
     assert executor.decode_bytes(100) - executor.decode_bytes(0) == 100 * 256
     assert executor.prefill_ops(2, 0) == 10_000
     used = driver.used()

@@ -161,9 +161,11 @@ def test_plan_names_what_is_expected_to_be_faster() -> None:
         "tiny-bitcpm", "jetson-orin-cuda"
     )
     assert "reads as much a token" in notes("tiny-minicpm", "jetson-orin")
-    assert "caches of all 2,048 tokens" in notes("tiny-minicpm", "jetson-orin")
-    long, short = (planning.plan("tiny-minicpm", target="jetson-orin", context=size) for size in (2048, 512))
-    assert long.speeds[0].decode_bytes - short.speeds[0].decode_bytes == 1536 * 4 * 2 * 2 * 64 * 2
+    ahead, later = (planning.plan("tiny-minicpm", target=name) for name in ("rtx-4090-tensorrt", "jetson-orin"))
+    assert ahead.build.disk_bytes - later.build.disk_bytes == ahead.memory.weights
+    assert "caches of all 4,096 tokens" in " ".join(planning.plan("needle", "jetson-orin", context=4096).notes)
+    long, short = (planning.plan("needle", target="jetson-orin", context=size).speeds[0] for size in (4096, 1024))
+    assert long.decode_bytes - short.decode_bytes == 3072 * 2 * 2 * 2 * 64 * 2
 
 
 def change(recipe: EngineRecipe, **values: object) -> str:
