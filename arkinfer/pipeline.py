@@ -157,7 +157,7 @@ def build(
         source = CheckpointWeights(rounded)
         payload = exporter.export(lowered.graph, source, description, options, writer.path, report, journal)
         writer.path("payload/graph.txt").write_text(lowered.graph.dump(), encoding="utf-8")
-        notes = list(checkpoint.config.notes)
+        notes = [*checkpoint.config.notes, *payload.notes]
         fields = {
             "name": destination.name.removesuffix(".ark"),
             "arkinfer": arkinfer.__version__,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 BACKENDS = {
     "cuda": "arkinfer.backends.cuda:open",
+    "mlc": "arkinfer.backends.mlc:open",
     "onnxruntime": "arkinfer.backends.onnxruntime:open",
     "tensorrt": "arkinfer.backends.tensorrt:open",
     "tvm": "arkinfer.backends.tvm:open",

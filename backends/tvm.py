@@ -36,7 +36,15 @@ _SUFFIXES = {"macos": ".dylib"}  # of shared libraries, where it is not .so
 _runtime: ctypes.CDLL | None = None
 
 
-def _ffi(threads: int) -> Any:
+def thread_count(threads: int | None) -> int:
+    """Return how many threads compute: ``threads``, else ``ARKINFER_THREADS``, else one for each core."""
+    count = threads or int(os.environ.get("ARKINFER_THREADS", "0")) or probe.cores()
+    if count < 1:
+        raise UserError(f"threads must be at least 1, not {count}", code="ARK-E212")
+    return count
+
+
+def load_ffi(threads: int) -> Any:
     """Load the TVM runtime library once per process and set its pool to ``threads``; return the tvm_ffi module."""
     global _runtime
     if _runtime is None:
@@ -77,7 +85,7 @@ def _targets_here() -> str:
     return ", ".join(f"--target {name}" for name in found) or "none of the shipped targets is"
 
 
-def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """Return zeros at a 64-byte boundary; untouched pages of a large array take no memory."""
     nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
     buffer = np.zeros(nbytes + 64, np.uint8)
@@ -108,7 +116,7 @@ class CacheSpec:
         return math.prod(self.extents(capacity)) * np.dtype(self.dtype).itemsize
 
     def allocate(self, capacity: int) -> np.ndarray:
-        return _aligned(self.extents(capacity), np.dtype(self.dtype))
+        return aligned(self.extents(capacity), np.dtype(self.dtype))
 
     def used(self, length: int) -> tuple[slice, ...]:
         """Return the index of what ``length`` tokens have filled."""
@@ -144,10 +152,8 @@ class TvmExecutor(Executor):
     """Runs one artifact's compiled module. Not thread-safe: the Engine serialises its steps."""
 
     def __init__(self, artifact: Artifact, threads: int | None, attention: str | None) -> None:
-        self.threads = threads or int(os.environ.get("ARKINFER_THREADS", "0")) or probe.cores()
-        if self.threads < 1:
-            raise UserError(f"threads must be at least 1, not {self.threads}", code="ARK-E212")
-        self.ffi = _ffi(self.threads)
+        self.threads = thread_count(threads)
+        self.ffi = load_ffi(self.threads)
         plan = json.loads(artifact.file("payload/plan.json").read_text(encoding="utf-8"))
         if plan.get("format") != PLAN_FORMAT:
             raise ArtifactError(
@@ -196,9 +202,9 @@ class TvmExecutor(Executor):
         self._arrays = load_tensors(artifact.file(plan["weights"]), ArtifactError, "ARK-E511")
         self._parameters = self.ffi.convert([self.ffi.from_dlpack(self._arrays[name]) for name in plan["parameters"]])
         self._traced: dict[str, np.ndarray] = {}
-        self._one = _aligned((1,), np.int32)
+        self._one = aligned((1,), np.int32)
         self._one_tensor = self.ffi.from_dlpack(self._one)
-        self._row = self.ffi.from_dlpack(_aligned((1,), np.int32))
+        self._row = self.ffi.from_dlpack(aligned((1,), np.int32))
 
     def new_state(self, capacity: int | None = None) -> TvmState:
         """Reserve caches for ``capacity`` tokens (default: the artifact's context), rounded up to whole blocks."""
@@ -212,7 +218,7 @@ class TvmExecutor(Executor):
         """
         positions = np.arange(start, start + count, dtype=np.float32)
         angles = positions[:, None] * self._frequencies  # (count, head_dim / 2)
-        table = _aligned((count, 2 * self._frequencies.size), np.float32)
+        table = aligned((count, 2 * self._frequencies.size), np.float32)
         np.cos(angles, out=table[:, : self._frequencies.size])
         np.sin(angles, out=table[:, self._frequencies.size :])
         if self._magnitude != 1:
@@ -228,7 +234,7 @@ class TvmExecutor(Executor):
             result = self._call(self._decode, self._one_tensor, state, 1, self._row)
         else:
             rows = {"last": [count - 1], "all": range(count), "none": []}[logits]
-            indices = _aligned((len(rows),), np.int32)
+            indices = aligned((len(rows),), np.int32)
             indices[:] = rows
             result = self._call(self._step, self.ffi.from_dlpack(ids), state, count, self.ffi.from_dlpack(indices))
         state.length += count
@@ -241,7 +247,7 @@ class TvmExecutor(Executor):
         return function(ids, table, rows, scalars, *state.tensors, self._parameters)
 
     def _check(self, tokens: Sequence[int], state: State) -> np.ndarray:
-        ids = _aligned((len(tokens),), np.int32)
+        ids = aligned((len(tokens),), np.int32)
         ids[:] = self.check(tokens, state)
         return ids
 
@@ -252,7 +258,7 @@ class TvmExecutor(Executor):
     def trace(self, tokens: Sequence[int], state: State) -> Mapping[str, np.ndarray]:
         """Run ``tokens`` like ``step`` and keep the residual stream after every layer for ``tap``."""
         ids = self._check(tokens, state)
-        rows = _aligned((1,), np.int32)
+        rows = aligned((1,), np.int32)
         rows[:] = len(tokens) - 1
         result = self._call(self._trace, self.ffi.from_dlpack(ids), state, len(tokens), self.ffi.from_dlpack(rows))
         state.length += len(tokens)
@@ -288,7 +294,7 @@ class TvmExecutor(Executor):
     def peak_ops(self) -> float:
         """Return the best rate over a few runs of the dot product, all threads busy, no memory touched."""
         plan = self.plan["peak"]
-        values = _aligned((plan["values"],), np.dtype(plan["dtype"]))
+        values = aligned((plan["values"],), np.dtype(plan["dtype"]))
         values[:] = np.arange(values.size) % 100
         source, items = self.ffi.from_dlpack(values), 4 * self.threads
         best = 0.0

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 EXPORTERS = {
     "cuda": "arkinfer.exporters.cuda:CudaExporter",
+    "mlc": "arkinfer.exporters.mlc:MlcExporter",
     "onnxruntime": "arkinfer.exporters.onnxruntime:OnnxruntimeExporter",
     "tensorrt": "arkinfer.exporters.tensorrt:TensorRtExporter",
     "tvm": "arkinfer.exporters.tvm:TvmExporter",
@@ -20,6 +21,7 @@ EXPORTERS = {
 # What `plan` asks instead: they load no compiler.
 OUTLINES = {
     "cuda": "arkinfer.exporters.cuda_outline:CudaOutline",
+    "mlc": "arkinfer.exporters.mlc_outline:MlcOutline",
     "onnxruntime": "arkinfer.exporters.onnx_outline:OnnxOutline",
     "tensorrt": "arkinfer.exporters.tensorrt_outline:TensorRtOutline",
     "tvm": "arkinfer.exporters.outline:CpuOutline",

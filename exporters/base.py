@@ -44,11 +44,15 @@ class StandIn:
 
 @dataclass(frozen=True)
 class Payload:
-    """What an exporter wrote: facts for the manifest, and digests of the weights before they were repacked."""
+    """What an exporter wrote: facts for the manifest, and digests of the weights before they were repacked.
+
+    ``notes`` are sentences on what the payload cannot express, for people.
+    """
 
     toolchain: Mapping[str, str]
     limits: Mapping[str, Any]
     origins: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
 
 class StoredMatrix(Protocol):

@@ -13,14 +13,17 @@ from arkinfer.exporters.platforms import Platform
 
 
 class Compiler:
-    """One process that compiles one program for one instruction-set level of a platform."""
+    """One process that compiles one program for one instruction-set level of a platform.
 
-    def __init__(self, isa: str, platform: Platform) -> None:
+    ``module`` is the code of that process.
+    """
+
+    def __init__(self, isa: str, platform: Platform, module: str = "relax") -> None:
         root = str(Path(arkinfer.__file__).resolve().parent.parent)
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
         self._isa = isa
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "arkinfer.exporters.relax", isa, platform.name, platform.glibc],
+            [sys.executable, "-m", f"arkinfer.exporters.{module}", isa, platform.name, platform.glibc],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,

@@ -308,12 +308,12 @@ class Lowering:
     def _attention(self, node: Node) -> None:
         config, sparse = self.config, self.config.sparse
         q, k, v = node.args[:3]
-        qkv = _source(v)
-        if qkv is not _source(q) or qkv is not _source(k):
+        qkv = source_of(v)
+        if qkv is not source_of(q) or qkv is not source_of(k):
             raise InternalError("attention does not read one projection", facts={"node": node.name})
         heads, kv_heads, dim, kv = config.heads, config.kv_heads, config.head_dim, outline.KV[self.options.kv]
         shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": dim, "kv": kv}
-        norms = [part.args[0] for part in (q, k) if part.args[0].target is aten.rms_norm.default]
+        norms = head_norms(q, k)
         nope = sparse is not None and sparse.use_nope
         caches = ["k", "v"] + (["k_scale", "v_scale"] if kv == "int8" else [])
         options = {**shape, "norm_eps": float(norms[0].args[3]) if norms else None, "nope": nope}
@@ -364,7 +364,12 @@ class Lowering:
         self.layer += 1
 
 
-def _source(node: Node) -> Node:
+def head_norms(q: Node, k: Node) -> list[Node]:
+    """Return the norms over heads that a query and a key went through before they were rotated."""
+    return [part.args[0] for part in (q, k) if part.args[0].target is aten.rms_norm.default]
+
+
+def source_of(node: Node) -> Node:
     """Return the merged linear, or the concatenation of several, that a query, key or value was cut from."""
     while node.target not in (ark.linear.default, aten.cat.default):
         node = node.args[0]

@@ -31,7 +31,7 @@ from arkinfer.exporters.program import Argument, Call, Program, Value
 RAISED = Path(__file__).parent / "kernels" / "raised.c"
 
 
-class _Emitter:
+class Emitter:
     """Emits one Relax function from a Program, for one form of its kernels."""
 
     def __init__(self, builder: relax.BlockBuilder, program: Program, isa: Isa, functions: dict[str, Any]) -> None:
@@ -64,7 +64,7 @@ class _Emitter:
             for index, value in enumerate(self.program.parameters):
                 known[value.name] = self.builder.emit(relax.TupleGetItem(packed, index))
             for call in self.program.calls:
-                self._call(call, tokens, known, scalars, kind)
+                self.call(call, tokens, known, scalars, kind)
             # The caches are returned so that no pass may take the kernels that update them for dead code.
             results = [known[self.program.result]]
             results += [known[inner] for _, inner in self.program.taps] if taps else []
@@ -72,7 +72,7 @@ class _Emitter:
                 relax.Tuple([*results, *(known[value.name] for value in self.program.caches)])
             )
 
-    def _call(self, call: Call, tokens: str, known: dict[str, Any], scalars: Mapping[str, Any], kind: Any) -> None:
+    def call(self, call: Call, tokens: str, known: dict[str, Any], scalars: Mapping[str, Any], kind: Any) -> None:
         if call.kernel == "reshape":
             (output,) = call.outputs
             known[output.name] = self.builder.emit(relax.op.reshape(known[str(call.inputs[0])], kind(output).shape))
@@ -133,7 +133,7 @@ def module(program: Program, isa: Isa) -> tuple[tvm.IRModule, dict[str, list[str
     ``program.kernels()``; None for a view. Kernels whose code is the same share a name.
     """
     builder = relax.BlockBuilder()
-    emitter = _Emitter(builder, program, isa, {})
+    emitter = Emitter(builder, program, isa, {})
     emitter.emit("step", "many")
     emitter.emit("decode", "one")
     emitter.emit("trace", "many", taps=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from arkinfer.artifact import Artifact
+from arkinfer.artifact import Artifact, tensors
 from arkinfer.artifact.journal import Journal
 from arkinfer.errors import UnsupportedError
 from arkinfer.exporters import compiled, emulation, native, outline, platforms, refusals
@@ -42,7 +42,7 @@ class TvmExporter:
 
     def prepare(self, target: Target) -> None:
         """Start one compiler per level: they load TVM while the graph is captured."""
-        if not self._compilers and all(_installed(tool) for tool in TOOLS):
+        if not self._compilers and all(installed(tool) for tool in TOOLS):
             self._compilers = {isa: Compiler(isa, platforms.of(target)) for isa in target.arch if isa in ISAS}
 
     def close(self) -> None:
@@ -66,7 +66,7 @@ class TvmExporter:
         journal: Journal | None = None,
     ) -> Payload:
         """Compile in one process per level while this one packs the weights."""
-        if absent := [tool for tool in TOOLS if not _installed(tool)]:
+        if absent := [tool for tool in TOOLS if not installed(tool)]:
             raise UnsupportedError(
                 f"building for the target {target.name} needs {', '.join(absent)}",
                 hint="pip install 'arkinfer[build]'",
@@ -106,14 +106,15 @@ class TvmExporter:
         self, model: ModelGraph, file: Callable[[str], Path], origins: Mapping[str, str] | None = None
     ) -> WeightSource:
         """Return the weights of an artifact in canonical form, unpacked from the kernels' layout."""
-        return weight_file.ArtifactWeights(model, file(WEIGHTS), origins)
+        return weight_file.ArtifactWeights(model, tensors.load(file(WEIGHTS)), origins)
 
     def stand_in(self, artifact: Artifact) -> StandIn | None:
         """Return an emulator that runs ``artifact``, or None where its architecture is not emulated."""
         return emulation.stand_in(artifact)
 
 
-def _installed(tool: str) -> bool:
+def installed(tool: str) -> bool:
+    """Tell whether the package ``tool`` is there."""
     try:
         metadata.version(tool)
     except metadata.PackageNotFoundError:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -33,6 +34,15 @@ from arkinfer.reference import RowSource
 
 DTYPES = {"uint8": "U8", "int8": "I8", "float16": "F16", "float32": "F32", "int32": "I32", "uint16": "BF16"}
 _LARGEST_POOL = 16  # threads: each holds a slice
+
+
+class Sink(Protocol):
+    """What the parameters are given to, as TensorWriter is."""
+
+    finished: dict[str, str]
+
+    def pieces(self, name: str, arrays: Iterable[np.ndarray]) -> Iterator[int]: ...
+    def finish(self, part: str, origin: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,14 @@ def write(
     Returns the digest of the canonical form of each weight, by its first parameter; ``ArtifactWeights`` compares it
     with what it reads back. ``progress`` counts bytes of the file.
     """
+    with tensors.TensorWriter(file, specs(program), journal) as writer:
+        return fill(writer, program, stored, weights, progress)
+
+
+def fill(
+    writer: Sink, program: Program, stored: Mapping[str, Stored], weights: RowSource, progress: Progress
+) -> dict[str, str]:
+    """Give the parameters of ``program`` to ``writer`` in order, but for those that are finished; see ``write``."""
     shapes = specs(program)
     total = sum(spec.nbytes for spec in shapes.values())
     units = []
@@ -83,7 +101,7 @@ def write(
         units.append(_Unit(values, tuple(stored[value.name] for value in values)))
     origins: dict[str, str] = {}
     done = 0
-    with tensors.TensorWriter(file, shapes, journal) as writer, _pool() as (pool, ahead):
+    with _pool() as (pool, ahead):
         missing = [unit for unit in units if unit.name not in writer.finished]
         jobs = (partial(_slice, weights, unit, piece) for unit in missing for piece in unit.slices)
         results = _in_order(pool, jobs, ahead)
@@ -189,13 +207,15 @@ def _in_order(
 
 
 class ArtifactWeights:
-    """Canonical weights read back from an artifact's weight file.
+    """Canonical weights read back from the arrays of an artifact's weight file.
 
     ``origins``, if given, is what ``write`` returned: each weight is compared with it when it is first read.
     """
 
-    def __init__(self, model: ModelGraph, file: Path, origins: Mapping[str, str] | None = None) -> None:
-        self._arrays = tensors.load(file)
+    def __init__(
+        self, model: ModelGraph, arrays: Mapping[str, np.ndarray], origins: Mapping[str, str] | None = None
+    ) -> None:
+        self._arrays = arrays
         self._origins, self._dtypes = Origins(origins), Dtypes(model)
         self._orders = {
             weight.order: f"{weight.name}:order"

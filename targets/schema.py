@@ -13,7 +13,7 @@ import yaml
 from arkinfer.errors import UserError, nearest
 from arkinfer.targets.probe import LEVELS
 
-BACKENDS = ("tvm", "cuda", "tensorrt", "onnxruntime")
+BACKENDS = ("tvm", "cuda", "tensorrt", "onnxruntime", "mlc")
 WEIGHTS = ("auto", "fp32", "fp16", "int8", "int4", "ternary")
 KV = ("fp32", "fp16", "int8")
 ATTENTION = ("auto", "dense", "sparse")

@@ -34,6 +34,7 @@ PACKAGES: Mapping[str, str] = {
 BACKEND_PACKAGES: Mapping[str, Mapping[str, str]] = {
     "tvm": {"apache-tvm": "run", "apache-tvm-ffi": "run", "ziglang": "build"},
     "cuda": {"cuda-bindings": "target", "triton": "build"},
+    "mlc": {"apache-tvm": "build", "apache-tvm-ffi": "build", "ziglang": "build"},
     "onnxruntime": {"onnx": "build", "onnx-ir": "build"},
     "tensorrt": {"cuda-bindings": "target", "onnx": "build", "onnx-ir": "build", "onnxruntime": "build"},
 }
@@ -151,6 +152,8 @@ def _fix(target: Target, purpose: str, name: str = "") -> str:
 
 
 def _tools(target: Target) -> list[Finding]:
+    if target.backend == "mlc":
+        return [_mlc()]
     if target.backend != "tvm":
         return [*_board(), _driver()] if any(level.startswith("sm_") for level in target.arch) else []
     linker = importlib.util.find_spec("ziglang") is not None
@@ -189,6 +192,15 @@ def _emulator(target: Target) -> list[Finding]:
     except UnsupportedError as error:
         return [Finding("emulator", error.message, "warning", "", error.hint)]
     return [Finding("emulator", found, "ok")]
+
+
+def _mlc() -> Finding:
+    """Look for MLC's own Python package, which is on no registry."""
+    try:
+        value = metadata.version("mlc-llm")
+    except metadata.PackageNotFoundError:
+        value = "not installed; arkinfer needs none of it, whoever builds the app does (from MLC's sources)"
+    return Finding("mlc-llm", value, "ok")
 
 
 def _board() -> list[Finding]:

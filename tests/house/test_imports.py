@@ -36,6 +36,8 @@ OWNERS = {
     "backends/onnxruntime.py": {"onnxruntime"},
     "backends/tvm.py": {"tvm_ffi"},
     "exporters/tensorrt.py": {"torch"},  # states its version
+    "exporters/mlc.py": {"torch"},  # states its version
+    "exporters/mlc_relax.py": {"tvm"},
     "exporters/tvm.py": {"torch"},  # states its version
     "exporters/stored.py": {"torch"},  # tensors as arrays and back
     "exporters/weights.py": {"torch"},  # reads weights as tensors

@@ -16,6 +16,7 @@ KERNELS: Mapping[str, str] = {
     "compress": "compress:compress",
     "concatenate": "elementwise:concatenate",
     "embedding": "embedding:embedding",
+    "from_heads": "paged:from_heads",
     "linear_float": "linear_float:linear_float",
     "linear_int8": "linear_int8:linear_int8",
     "quantize": "quantize:quantize",
@@ -24,7 +25,9 @@ KERNELS: Mapping[str, str] = {
     "select": "select:select",
     "swiglu": "elementwise:swiglu_float",
     "take_columns": "elementwise:take_columns",
+    "take_last": "elementwise:take_last",
     "take_rows": "elementwise:take_rows",
+    "to_heads": "paged:to_heads",
 }
 
 

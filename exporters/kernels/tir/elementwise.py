@@ -82,6 +82,16 @@ def take_rows(isa: Isa, tokens: str) -> Any:
     return source.build()
 
 
+def take_last(isa: Isa, tokens: str) -> Any:
+    """Return the PrimFunc ``(x, y)``: y (1, K) is the last row of x (n, K), float32."""
+    source = Source("take_last")
+    source.buffer("x", (1 if tokens == "one" else "n", "K"), "float32")
+    source.buffer("y", (1, "K"), "float32")
+    last = "0" if tokens == "one" else "n - 1"
+    sweep(source, "K", lambda k, lanes: source.line(f"y[0, {index(k, lanes)}] = x[{last}, {index(k, lanes)}]"))
+    return source.build()
+
+
 def take_columns(isa: Isa, tokens: str) -> Any:
     """Return the PrimFunc ``(x, order, y)``: y (n, K) = x[:, order] for x (n, K) float32 and order (K,) int32."""
     source = Source("take_columns")

@@ -25,14 +25,20 @@ class Source:
         self._depth = 1
         self._count = 0
 
-    def buffer(self, name: str, shape: Sequence[Extent], dtype: str, align: int = 64) -> None:
-        """Declare a tensor parameter; extents that are names become symbolic int64 dimensions."""
+    def buffer(self, name: str, shape: Sequence[Extent], dtype: str, align: int = 64, view: bool = False) -> None:
+        """Declare a tensor parameter; extents that are names become symbolic int64 dimensions.
+
+        A ``view`` may begin anywhere in its memory.
+        """
         for extent in shape:
             if isinstance(extent, str):
                 self._symbols.setdefault(extent)
         extents = ", ".join(extent if isinstance(extent, str) else f"T.int64({extent})" for extent in shape)
         self._parameters.append(f"{name}_handle: T.handle")
-        self._buffers.append(f'{name} = T.match_buffer({name}_handle, ({extents},), "{dtype}", align={align})')
+        start = f", elem_offset={name}_start" if view else ""
+        if view:
+            self._symbols.setdefault(f"{name}_start")
+        self._buffers.append(f'{name} = T.match_buffer({name}_handle, ({extents},), "{dtype}", align={align}{start})')
 
     def scalar(self, name: str, dtype: str = "int64") -> None:
         """Declare a scalar parameter."""
