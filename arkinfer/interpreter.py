@@ -163,8 +163,8 @@ class PlanInterpreter(Executor):
         """
         schedule = self.plan.schedules[piece.schedule]
         self._arena.fill_(_POISON)
+        self._ready = None
         if not ready:
-            self._ready = None
             self._write("control", control.values(state.length, self._dense_len, len(ids)))
             self._write("tokens", ids)
         assert isinstance(state, PlanState)

@@ -8,8 +8,8 @@ in whole attention blocks; caches that no state uses any more serve the next one
 from __future__ import annotations
 
 import re
-import time
 import weakref
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +28,6 @@ from arkinfer.errors import ArtifactError, UnsupportedError
 from arkinfer.targets.probe import Gpu
 
 PLAN = "payload/plan.json"
-COPIED, COPIES = 256 << 20, 8  # bytes, far more than a cache holds, and times that they are copied for one measurement
 
 
 @dataclass(eq=False)
@@ -143,9 +142,9 @@ class CudaExecutor(Executor):
         needed = fixed + self._cache_places(held)[1]
         if needed <= free:
             return
-        largest = held
-        while largest and fixed + self._cache_places(largest)[1] > free:
-            largest -= BLOCK
+        largest = BLOCK * bisect_right(
+            range(BLOCK, held, BLOCK), free - fixed, key=lambda held: self._cache_places(held)[1]
+        )
         shared = {"memory": "shared with the system: what /proc/meminfo calls available"}
         raise UnsupportedError(
             "the GPU has too little free memory for this artifact"
@@ -376,23 +375,7 @@ class CudaExecutor(Executor):
 
     def bandwidth(self, seconds: float = 1.0) -> float:
         """Measure for about ``seconds`` how fast the device copies within its memory: bytes read and written, in /s."""
-        driver = self.driver
-        driver.current()
-        size = min(COPIED, driver.free_memory() // 4)
-        blocks = [driver.allocate(size) for _ in range(2)]
-        best, stop = 0.0, time.monotonic() + seconds
-        try:
-            while not best or time.monotonic() < stop:
-                driver.wait()
-                start = time.perf_counter()
-                for _ in range(COPIES):
-                    driver.copy(blocks[0], blocks[1], size)
-                driver.wait()
-                best = max(best, 2 * COPIES * size / (time.perf_counter() - start))
-        finally:
-            for block in blocks:
-                driver.free(block)
-        return best
+        return self.driver.measure_copying(seconds)
 
     def prefill_ops(self, tokens: int, depth: int) -> int:
         """Return the operations of the linear layers for ``tokens`` prompt tokens (attention excluded)."""

@@ -150,11 +150,16 @@ class Driver:
         """Record what ``work()`` starts, without running it, and return it as a graph for ``replay``."""
         mode = self.cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self.call("cuStreamBeginCapture", self.stream, mode)
-        work()
+        try:
+            work()
+        except BaseException:
+            self.cu.cuStreamEndCapture(self.stream)  # whatever it says: the stream must be usable again
+            raise
         graph = self.call("cuStreamEndCapture", self.stream)
-        executable = self.call("cuGraphInstantiate", graph, 0)
-        self.call("cuGraphDestroy", graph)
-        return executable
+        try:
+            return self.call("cuGraphInstantiate", graph, 0)
+        finally:
+            self.call("cuGraphDestroy", graph)
 
     def replay(self, executable: Any) -> None:
         """Start a captured graph."""

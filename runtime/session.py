@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
-from arkinfer.backends.base import Draw, Rows, State
+from arkinfer.backends.base import Draw, Executor, Rows, State
 from arkinfer.errors import UserError
 from arkinfer.runtime.options import Message, Options, Prompt
 from arkinfer.runtime.result import Result
@@ -145,17 +145,13 @@ class Session:
 
     def append(self, tokens: Sequence[int], logits: Rows) -> np.ndarray:
         """Run one executor step and record it. Internal: ``step`` is the checked form."""
-        with self.engine.computing() as executor:
-            rows = executor.step(tokens, self._state, logits)
-        self._tokens += tokens
-        return rows
+        with self._advancing(tokens) as executor:
+            return executor.step(tokens, self._state, logits)
 
     def sample(self, tokens: Sequence[int], draw: Draw) -> int:
         """Run one executor step that chooses the next token, and record it. Internal."""
-        with self.engine.computing() as executor:
-            token = executor.sample(tokens, self._state, draw)
-        self._tokens += tokens
-        return token
+        with self._advancing(tokens) as executor:
+            return executor.sample(tokens, self._state, draw)
 
     def rewind(self, prompt: Sequence[int]) -> int:
         """Keep the longest beginning that ``prompt`` shares with the context, short of its last token. Internal."""
@@ -199,6 +195,18 @@ class Session:
             yield
         finally:
             self._busy.release()
+
+    @contextmanager
+    def _advancing(self, tokens: Sequence[int]) -> Iterator[Executor]:
+        """Hold the executor for a step of ``tokens``; one that fails half-way leaves the context as it was."""
+        with self.engine.computing() as executor:
+            try:
+                yield executor
+            except BaseException:
+                if self._state.length > len(self._tokens):
+                    self._state.truncate(len(self._tokens))
+                raise
+        self._tokens += tokens
 
     def _overflow(self, count: int) -> UserError:
         return UserError(

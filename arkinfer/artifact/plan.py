@@ -29,6 +29,7 @@ CONTROL_SIZE = 16  # int32 values
 SAMPLING = ("greedy", "draw")
 BLOCK = 64  # tokens of an attention block: capacities are multiples of it
 NEVER = 1 << 30  # a dense_len that no position reaches
+MOST_BLOCKS = ((1 << 31) - 1, 65535, 65535)  # of a grid, along each axis (CUDA, compute capability 8 and 9)
 
 Extent = int | str
 
@@ -266,16 +267,16 @@ class Plan:
     @staticmethod
     def from_json(text: str) -> Plan:
         """Read and check a plan. Raises ValueError, with the reason, for anything but a sound one."""
-        data = json.loads(text)
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            found = data.get("format") if isinstance(data, dict) else None
-            raise ValueError(f"its format is {found!r}, and this version of arkinfer reads {FORMAT}")
         try:
+            data = json.loads(text)
+            if not isinstance(data, dict) or data.get("format") != FORMAT:
+                found = data.get("format") if isinstance(data, dict) else None
+                raise ValueError(f"its format is {found!r}, and this version of arkinfer reads {FORMAT}")
             plan = _plan(data)
-            _ = plan.capacity
-        except (KeyError, TypeError, AttributeError) as error:
+            plan.check()
+            plan.check_facts()
+        except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise ValueError(f"an entry is missing or malformed: {error}") from error
-        plan.check()
         return plan
 
     def check(self) -> None:
@@ -287,7 +288,11 @@ class Plan:
             _check_buffer(buffer, {"c": self.capacity} if buffer.kind == "cache" else {})
         if set(self.sampling) != set(SAMPLING):
             raise ValueError(f"it chooses tokens by {', '.join(self.sampling) or 'nothing'}, not {', '.join(SAMPLING)}")
+        if "decode" not in self.schedules or self.schedules["decode"].tokens != 1:
+            raise ValueError("it has no schedule decode for one token")
         for label, schedule in self._named():
+            if schedule.tokens < 1 or schedule.rows < 1:
+                raise ValueError(f"{label}: it runs for {schedule.tokens} tokens and {schedule.rows} rows")
             sizes = {"n": schedule.tokens, "r": schedule.rows, "c": self.capacity}
             table = {buffer.name: buffer for buffer in (*self.buffers, *schedule.scratch)}
             if len(table) != len(self.buffers) + len(schedule.scratch):
@@ -300,22 +305,70 @@ class Plan:
             if not 0 <= schedule.head <= len(schedule.launches):
                 raise ValueError(f"{label}: the head lies outside the launches")
             for launch in schedule.launches:
-                self._check_launch(label, launch, table, sizes)
+                self._check_launch(label, launch, table, sizes, sizes)
+                # The smallest step, in the smallest caches: scratch is reserved for the largest all the same.
+                self._check_launch(label, launch, table, {"n": 1, "r": 1, "c": BLOCK}, {**sizes, "c": BLOCK})
             for tap in schedule.taps:
                 if tap.buffer not in table or not 0 <= tap.after < len(schedule.launches):
                     raise ValueError(f"{label}: the tap {tap.name} looks at nothing")
+
+    def check_facts(self) -> None:
+        """Raise ValueError where an executor would lack code, or a buffer that holds what it copies there."""
+        facts, capacity = self.facts, self.capacity
+        vocab, context = int(facts["vocab_size"]), int(facts["max_context"])
+        if not 0 < context <= capacity or capacity % BLOCK:
+            raise ValueError(f"its context is {context} tokens, and its caches hold {capacity}")
+        for kernel in self.kernels:
+            if missing := [level for level in self.levels if level not in kernel.images]:
+                raise ValueError(f"{kernel.name} has no code for {', '.join(missing)}")
+        frequencies = [float.fromhex(value) for value in facts["rope"]["inverse_frequencies"]]
+        float.fromhex(facts["rope"]["magnitude"])
+        if facts["sparse"] is not None:
+            _ = [int(facts["sparse"][name]) for name in ("dense_len", "topk", "window_size", "block_size")]
+        tokens = max(schedule.tokens for schedule in self.schedules.values())
+        rows = max(schedule.rows for schedule in self.schedules.values())
+        wanted = {
+            "control": ("int32", (CONTROL_SIZE,)),
+            "tokens": ("int32", (tokens,)),
+            "rows": ("int32", (rows,)),
+            "cos": ("float32", (capacity, len(frequencies))),
+            "sin": ("float32", (capacity, len(frequencies))),
+            "random": ("float32", (capacity,)),
+            "logits": ("float32", (rows, vocab)),
+            "token": ("int32", (1,)),
+        }
+        found = {buffer.name: buffer for kind in ("control", "input", "output") for buffer in self.of_kind(kind)}
+        for name, (dtype, shape) in wanted.items():
+            if name not in found or (found[name].dtype, found[name].extents({})) != (dtype, shape):
+                raise ValueError(f"its buffer {name} is not {dtype}{list(shape)}")
 
     def _named(self) -> Iterator[tuple[str, Schedule]]:
         yield from self.schedules.items()
         for name, schedule in self.sampling.items():
             yield f"sampling {name}", schedule
 
-    def _check_launch(self, label: str, launch: Launch, table: Mapping[str, Buffer], sizes: Mapping[str, int]) -> None:
+    def _check_launch(
+        self,
+        label: str,
+        launch: Launch,
+        table: Mapping[str, Buffer],
+        sizes: Mapping[str, int],
+        reserved: Mapping[str, int],
+    ) -> None:
         if not 0 <= launch.kernel < len(self.kernels):
             raise ValueError(f"{label}: a launch calls kernel {launch.kernel} of {len(self.kernels)}")
         kernel = self.kernels[launch.kernel]
         if len(launch.pointers) != len(kernel.pointed):
             raise ValueError(f"{label}: {kernel.name} takes {len(kernel.pointed)} pointers")
+        for image in kernel.images.values():
+            x, y, z = (evaluate(extent, sizes) for extent in image.grid)
+            if not (0 < x <= MOST_BLOCKS[0] and 0 < y <= MOST_BLOCKS[1] and 0 < z <= MOST_BLOCKS[2]):
+                raise ValueError(f"{label}: {kernel.name} starts a grid of {x} x {y} x {z} blocks")
+            if not 0 < image.warps <= 32 or image.shared < 0:
+                raise ValueError(f"{label}: {kernel.name} starts blocks that no GPU has")
+        for argument in kernel.arguments:
+            if argument.role == "scalar" and not 0 <= evaluate(argument.shape[0], sizes) < 1 << 31:
+                raise ValueError(f"{label}: {kernel.name} takes {argument.name} beyond 31 bits")
         for argument, pointer in zip(kernel.pointed, launch.pointers, strict=True):
             buffer = table.get(pointer.buffer)
             if buffer is None:
@@ -324,7 +377,7 @@ class Plan:
                 raise ValueError(
                     f"{label}: {kernel.name} takes {argument.name} as {argument.dtype}, not {buffer.dtype}"
                 )
-            if pointer.offset < 0 or pointer.offset + argument.span(sizes) > buffer.nbytes(sizes):
+            if pointer.offset < 0 or pointer.offset + argument.span(sizes) > buffer.nbytes(reserved):
                 raise ValueError(f"{label}: {kernel.name} reaches beyond {pointer.buffer}")
             if pointer.offset % 16:
                 raise ValueError(f"{label}: {kernel.name} takes {pointer.buffer} at an odd place")

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cuda.bindings import driver as real
 
 import arkinfer
 from arkinfer import backends, pipeline
 from arkinfer.artifact import Artifact, tensors
 from arkinfer.backends import cuda_driver, upload
 from arkinfer.backends.base import Draw, Executor
-from arkinfer.errors import ArtifactError, UnsupportedError, UserError
+from arkinfer.errors import ArtifactError, InternalError, UnsupportedError, UserError
 from arkinfer.interpreter import PlanInterpreter
 from arkinfer.targets import probe
 from tests.cuda.fake_driver import GPU, FakeDriver, different_from_the_real_one
@@ -70,6 +71,22 @@ def test_one_graph_decodes_every_token(llama: Artifact, opened: Open) -> None:
     for token in TOKENS[5:15]:
         executor.step([token], state)
     assert (fake.captures - captures, fake.replays) == (1, 10)
+
+
+def test_a_launch_that_fails_while_it_is_recorded_does_no_harm(
+    llama: Artifact, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor, fake = opened(llama)
+    state = executor.new_state()
+    executor.step(TOKENS[:5], state)
+    with monkeypatch.context() as patch, pytest.raises(InternalError, match="refused a call"):
+        patch.setattr(fake, "cuLaunchKernel", lambda *_: (real.CUresult.CUDA_ERROR_INVALID_VALUE,))
+        executor.step(TOKENS[5:6], state)
+    reference = PlanInterpreter(llama)
+    other = reference.new_state()
+    reference.step(TOKENS[:5], other)
+    assert state.length == 5
+    assert np.array_equal(executor.step(TOKENS[5:6], state), reference.step(TOKENS[5:6], other))
 
 
 def test_fork_truncate_and_several_states(llama: Artifact, opened: Open) -> None:

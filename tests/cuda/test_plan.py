@@ -50,12 +50,28 @@ def schedule(tokens: int, rows: int) -> Schedule:
 
 PLAN = Plan(
     levels=("sm_89",),
-    buffers=(Buffer("w", "bfloat16", (3, 5), "parameter"),),
+    buffers=(
+        Buffer("w", "bfloat16", (3, 5), "parameter"),
+        Buffer("control", "int32", (16,), "control"),
+        Buffer("tokens", "int32", (512,), "input"),
+        Buffer("rows", "int32", (64,), "input"),
+        Buffer("cos", "float32", (1024, 2), "input"),
+        Buffer("sin", "float32", (1024, 2), "input"),
+        Buffer("random", "float32", (1024,), "input"),
+        Buffer("logits", "float32", (64, 100), "output"),
+        Buffer("token", "int32", (1,), "output"),
+    ),
     kernels=(DOUBLE,),
     schedules={"decode": schedule(1, 1), "verify": schedule(8, 8), "prefill": schedule(512, 64)},
     sampling={"greedy": schedule(1, 1), "draw": schedule(1, 1)},
     arena=32 * 512 + 16 * 512,
-    facts={"max_context": 1000, "capacity": 1024},
+    facts={
+        "max_context": 1000,
+        "capacity": 1024,
+        "vocab_size": 100,
+        "sparse": None,
+        "rope": {"inverse_frequencies": ["0x1p+0", "0x1p-4"], "magnitude": "0x1p+0"},
+    },
 )
 
 
@@ -99,6 +115,25 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "capacity": (lambda data: data["facts"].pop("capacity"), "capacity"),
     "missing": (lambda data: data.pop("kernels"), "kernels"),
     "role": (_set("kernels", 0, "arguments", 0, "role", value="both"), "unknown kind"),
+    "short": (_set("kernels", 0, "arguments", 0, "shape", value=["n * (512 - n) + 1", 8]), "beyond x"),
+    "few": (_set("kernels", 0, "arguments", 0, "shape", value=["520 - n", 8]), "decode: double reaches beyond x"),
+    "grid": (_set("kernels", 0, "images", "sm_89", "grid", 1, value="n * 9999"), "a grid of 128 x 5119488 x 1"),
+    "no grid": (_set("kernels", 0, "images", "sm_89", "grid", 2, value="1 - n"), "1 x 0 blocks"),
+    "warps": (_set("kernels", 0, "images", "sm_89", "warps", value=64), "no GPU has"),
+    "scalar": (_set("kernels", 0, "arguments", 2, "shape", value=["n - 9"]), "count beyond 31 bits"),
+    "no scalar": (_set("kernels", 0, "arguments", 2, "shape", value=[]), "malformed"),
+    "image": (_set("levels", value=["sm_89", "sm_90"]), "no code for sm_90"),
+    "decode": (lambda data: data["schedules"].pop("decode"), "no schedule decode"),
+    "tokens": (_set("schedules", "verify", "tokens", value=0), "0 tokens"),
+    "context": (_set("facts", "max_context", value=2000), "2000 tokens"),
+    "vocabulary": (_set("facts", "vocab_size", value=10**6), "logits is not float32"),
+    "control": (_set("buffers", 1, "shape", value=[8]), "control is not int32"),
+    "rope": (_set("facts", "rope", "inverse_frequencies", 0, value="fast"), "hex"),
+    "table": (lambda data: data["facts"]["rope"]["inverse_frequencies"].append("0x1p-8"), "cos is not float32"),
+    "sparse": (_set("facts", "sparse", value={"dense_len": 1}), "topk"),
+    "number": (_set("buffers", 0, "shape", value=[1.5]), "malformed"),
+    "deep": (_set("buffers", 0, "shape", value=["+".join(["1"] * 5000)]), "malformed|not an expression"),
+    "endless": (_set("facts", "capacity", value=float("inf")), "malformed"),
     "arguments": (lambda data: data["schedules"]["decode"]["launches"][0]["pointers"].pop(), "takes 2 pointers"),
 }
 

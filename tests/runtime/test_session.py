@@ -168,6 +168,25 @@ def test_an_error_leaves_the_conversation_as_it_was() -> None:
     assert session.messages == before
 
 
+def test_a_step_that_fails_half_way_leaves_the_context_as_it_was() -> None:
+    engine = engine_that_says("x")
+    executor = engine.executor
+    assert isinstance(executor, ScriptedExecutor)
+    session = engine.session()
+    expected = engine.session().step([10, 11, 12])
+    session.step([10, 11])
+
+    def fail(context: list[int]) -> int:
+        raise RuntimeError("device lost")
+
+    reply, executor.reply = executor.reply, fail
+    with pytest.raises(RuntimeError):
+        session.step([13])
+    executor.reply = reply
+    assert session.length == len(session.tokens) == 2
+    assert (session.step([12]) == expected[2:]).all()
+
+
 @pytest.mark.parametrize("message", ["", "  \n"])
 def test_an_empty_message_is_refused(message: str) -> None:
     with pytest.raises(UserError, match="empty"):
