@@ -28,6 +28,9 @@ from arkinfer.errors import ArtifactError, UnsupportedError
 from arkinfer.targets.probe import Gpu
 
 PLAN = "payload/plan.json"
+# The CUDA versions from which drivers load the code: every 12 takes cubins of ptxas 12.9 (minor version compatibility);
+# to translate PTX they must know its version, 8.5.
+DRIVERS: Mapping[bool, tuple[int, int]] = {False: (12, 0), True: (12, 5)}
 
 
 @dataclass(eq=False)
@@ -85,6 +88,7 @@ class CudaExecutor(Executor):
         self._gear = min(gear(facts["sparse"], attention or artifact.manifest.attention), NEVER)
         gpu = present_gpu(plan.levels, str(artifact.manifest.target.get("name")))
         level, translated = _level(artifact, plan, gpu)
+        _require_driver(gpu, translated)
         self.isa = f"{gpu.level}, translated from {level}" if translated else level
         self._slots: list[Slot] = []
         self.driver = Driver()
@@ -424,10 +428,22 @@ def _level(artifact: Artifact, plan: Plan, gpu: Gpu) -> tuple[str, bool]:
     )
 
 
+def _require_driver(gpu: Gpu, translated: bool) -> None:
+    """Raise UnsupportedError where the driver is too old to load the artifact's code."""
+    needed = DRIVERS[translated]
+    if tuple(int(part) for part in gpu.cuda.split(".")[:2]) < needed:
+        raise UnsupportedError(
+            "the NVIDIA driver is too old for this artifact",
+            facts={"GPU": gpu.name, "driver": f"CUDA {gpu.cuda}", "needed": "CUDA {}.{}".format(*needed)},
+            hint="install a newer NVIDIA driver (on Jetson: a newer JetPack)",
+            code="ARK-E342",
+        )
+
+
 def open(artifact: Artifact, threads: int | None = None, attention: str | None = None) -> CudaExecutor:
     """Open ``artifact`` on this machine's GPU.
 
-    Raises UnsupportedError where there is no GPU, no code for it in the artifact, or too little memory, and
-    ArtifactError when the payload is not sound.
+    Raises UnsupportedError where there is no GPU, no code for it in the artifact, too old a driver or too little
+    memory, and ArtifactError when the payload is not sound.
     """
     return CudaExecutor(artifact, threads, attention)

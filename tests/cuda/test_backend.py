@@ -235,6 +235,15 @@ def test_a_gpu_of_another_kind_is_refused(llama: Artifact, opened: Open) -> None
     assert caught.value.code == "ARK-E311" and "sm_86" in str(caught.value.facts["this machine"])
 
 
+@pytest.mark.parametrize(("level", "driver", "needed"), [("sm_89", "11.8", "12.0"), ("sm_120", "12.4", "12.5")])
+def test_a_driver_that_is_too_old_is_refused(
+    llama: Artifact, opened: Open, level: str, driver: str, needed: str
+) -> None:
+    with pytest.raises(UnsupportedError, match="driver is too old") as caught:
+        opened(llama, gpu=replace(GPU, level=level, cuda=driver))
+    assert caught.value.code == "ARK-E342" and caught.value.facts["needed"] == f"CUDA {needed}"
+
+
 def test_a_later_gpu_translates_the_ptx(llama: Artifact, opened: Open) -> None:
     executor, fake = opened(llama, gpu=replace(GPU, level="sm_120"))
     assert executor.isa == "sm_120, translated from sm_89"
