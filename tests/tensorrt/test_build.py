@@ -162,7 +162,7 @@ def test_plan_names_what_is_expected_to_be_faster() -> None:
     )
     assert "reads as much a token" in notes("tiny-minicpm", "jetson-orin")
     ahead, later = (planning.plan("tiny-minicpm", target=name) for name in ("rtx-4090-tensorrt", "jetson-orin"))
-    assert ahead.build.disk_bytes - later.build.disk_bytes == ahead.memory.weights
+    assert ahead.build.disk_bytes - later.build.disk_bytes == int(1.6 * ahead.memory.weights)
     assert "caches of all 4,096 tokens" in " ".join(planning.plan("needle", "jetson-orin", context=4096).notes)
     long, short = (planning.plan("needle", target="jetson-orin", context=size).speeds[0] for size in (4096, 1024))
     assert long.decode_bytes - short.decode_bytes == 3072 * 2 * 2 * 2 * 64 * 2
