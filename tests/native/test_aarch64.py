@@ -18,6 +18,7 @@ from tests.native.test_equal import EXACT, GOLDEN
 from tests.native.test_example import EXAMPLES
 
 LEVEL = "aarch64-dotprod"
+MODEL = "tiny-minicpm"
 NEEDLE = 1024  # tokens: some 14 ms of processor time each under qemu
 MEGABYTE = 1 << 20
 # What the C library of Android has had since API level 21, of what the runner calls. bionic exports all of them.
@@ -47,19 +48,21 @@ def executor_of(artifact: Artifact, attention: str | None = None) -> RunnerExecu
     return RunnerExecutor(artifact, emulator.command(emulator.PROCESSORS[LEVEL], emulator.root()), 1, attention)
 
 
-def test_golden_text(board: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def exact(board: str, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    out = tmp_path_factory.mktemp("exact") / "m.ark"
+    return pipeline.build(MODEL, board, out=out, weights=EXACT[MODEL], activations="float", kv="fp32", verify="none")
+
+
+def test_golden_text(exact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     """By ark_generate in the emulated command, for the prompt that the engine of an emulated executor makes."""
-    model = "tiny-minicpm"
-    artifact = pipeline.build(
-        model, board, out=tmp_path / "m.ark", weights=EXACT[model], activations="float", kv="fp32", verify="none"
-    )
     monkeypatch.setattr(backends, "open", lambda artifact, threads, attention: executor_of(artifact))
-    with open_engine(artifact) as engine:
+    with open_engine(exact) as engine:
         assert engine.executor.isa == LEVEL
         prompt = engine.prepare(GOLDEN["messages"], {"thinking": False}).ids
-        status, out, err = emulated(artifact, "--tokens", ",".join(map(str, prompt)), "--max-tokens", "120")
+        status, out, err = emulated(exact, "--tokens", ",".join(map(str, prompt)), "--max-tokens", "120")
         assert status == 0, err
-        assert engine.tokenizer.decode([int(word) for word in out.split()]) == GOLDEN[model]
+        assert engine.tokenizer.decode([int(word) for word in out.split()]) == GOLDEN[MODEL]
 
 
 def test_needle_with_sparse_attention(board: str, tmp_path: Path) -> None:
@@ -77,23 +80,20 @@ def test_needle_with_sparse_attention(board: str, tmp_path: Path) -> None:
     executor.close()
 
 
-def test_c_example_and_refusals(tiny: Artifact, board: str, tmp_path: Path) -> None:
-    artifact = pipeline.build("tiny-minicpm", board, out=tmp_path / "m.ark", verify="none", quality="off")
-    folder = artifact.path / "payload/native"
+def test_c_example_and_refusals(tiny: Artifact, exact: Artifact, tmp_path: Path) -> None:
+    folder = exact.path / "payload/native"
     program, platform = tmp_path / "generate", platforms.find("linux-aarch64")
     source = [str(EXAMPLES / "generate.c"), f"-I{folder}", f"-L{folder}", "-larkinfer"]
     linker.zig("cc", "-target", platform.zig, "-O2", "-rtlib=none", *source, "-o", str(program))
     command = [*emulator.command(emulator.PROCESSORS[LEVEL], emulator.root()), "-E", f"LD_LIBRARY_PATH={folder}"]
-    done = subprocess.run(
-        [*command, program, artifact.path, "5", "9", "300"], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([*command, program, exact.path, "5", "9", "300"], capture_output=True, text=True, check=True)
     sampling = ["--temperature", "0.7", "--top-p", "0.9", "--seed", "1"]
-    status, out, err = emulated(artifact, "--tokens", "5,9,300", "--max-tokens", "64", *sampling)
+    status, out, err = emulated(exact, "--tokens", "5,9,300", "--max-tokens", "64", *sampling)
     assert (status, done.stdout.split()) == (0, out.split()), err
     assert len(out.split()) > 3
-    status, _, err = emulated(artifact, "--tokens", "5", processor="cortex-a53")
+    status, _, err = emulated(exact, "--tokens", "5", processor="cortex-a53")
     assert status == 1 and f"holds code for {LEVEL}" in err and "runs none" in err
-    command = [*command, artifact.file("payload/native/arkrun"), tiny.path, "--tokens", "5"]
+    command = [*command, exact.file("payload/native/arkrun"), tiny.path, "--tokens", "5"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and f"this processor runs {LEVEL}" in done.stderr
 
