@@ -36,15 +36,13 @@ class Argument:
 class Variant:
     """How a kernel is compiled and launched for one arch: compile-time constants, warps, pipeline stages, grid.
 
-    ``grid`` holds expressions in n and r of + - * // and numbers. ``origin`` says where the choice comes from:
-    "guessed" or "measured", the latter with a device.
+    ``grid`` holds expressions in n and r of + - * // and numbers.
     """
 
     constants: Mapping[str, int | float | bool | str]
     grid: tuple[str, str, str]
     num_warps: int = 4
     num_stages: int = 2
-    origin: str = "guessed"
 
 
 @dataclass(frozen=True)

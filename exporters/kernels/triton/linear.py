@@ -22,7 +22,7 @@ class Linear:
     ``dtype`` is a dense weight's own (float16 or bfloat16), ``scales`` that of the scales. ``gated`` gives
     silu(gate) * up of a weight whose first half is gate: rows / 2 outputs. ``out_stride`` is the distance of output
     rows (0: their length), so that several weights may fill one buffer side by side. ``count`` says which rows of x
-    there are: "n", "r" or "1"; ``most`` how many there can be (0: many): few rows get small tiles.
+    there are: "n", "r" or a number; where it is not "n" there are few, which get small tiles.
     """
 
     format: str
@@ -39,7 +39,6 @@ class Linear:
     out_stride: int = 0
     factor: float = 1.0
     count: str = "n"
-    most: int = 0
 
     @property
     def columns(self) -> int:
@@ -133,8 +132,7 @@ def _gemv_variant(options: Linear, arch: str) -> Variant:
 
 
 def _gemm_variant(options: Linear, arch: str) -> Variant:
-    few = options.most <= 16 if options.most else options.count != "n"  # the head's rows are few unless said
-    tile_m, tile_n, warps = (16, 64, 4) if few else tuning.GEMM[arch]
+    tile_m, tile_n, warps = (16, 64, 4) if options.count != "n" else tuning.GEMM[arch]
     constants = _constants(options) | {"TILE_M": tile_m, "TILE_N": tile_n, "STEP": 64}
     # Half a chunk at a time where a whole one (256 inputs) would fill the shared memory with x.
     constants["TAKEN"] = min(8, int(constants["PLANES"]))

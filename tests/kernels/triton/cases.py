@@ -40,7 +40,7 @@ def _linear() -> Iterator[Case]:
         yield Case("linear_gemv", {**gated, **options})
         yield Case("linear_gemm", {**gated, **options}, n=33)
     yield Case("linear_gemm", {"format": "int4", "rows": 70, "width": 128, "count": "r", "out": "float32"}, n=9, r=5)
-    yield Case("linear_gemm", {"format": "ternary", "rows": 70, "width": 256, "most": 8}, n=5)
+    yield Case("linear_gemm", {"format": "ternary", "rows": 70, "width": 256, "count": "8"}, n=8)
     # One of several that fill one buffer side by side.
     yield Case("linear_gemm", {"format": "int4", "rows": 40, "width": 96, "group": 32, "out_stride": 104}, n=7)
 
