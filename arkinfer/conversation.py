@@ -75,7 +75,7 @@ def express(name: str, template: ChatTemplate | None, generation: Mapping[str, A
     found = Conversation({**fields, **parts}, tuple(notes))
     _prove(found, template)
     first = str(generation["tokens"].get("bos_token", ""))
-    if generation["add_bos"] and not (first and found.fields["system_template"].startswith(first)):
+    if generation["add_bos"] and not (first and found.prompt(_talk(_WORDS[:1])).startswith(first)):
         found = Conversation({**found.fields, "system_prefix_token_ids": [generation["bos_id"]]}, found.notes)
     return found
 
@@ -92,8 +92,8 @@ def _parts(template: ChatTemplate) -> tuple[dict[str, Any], list[str]]:
     notes = []
     plain = _cut(template.render(_talk([first, answer, second])), (first, answer, second))
     before, between, after, opening = plain
-    empty = _suffix(opening, between)
-    user = _ending(before, after)
+    # A role that began within BOS would give equal text, in pieces that nobody could read.
+    user = _ending(before.removeprefix(str(template.tokens.get("bos_token", ""))), after)
     start, default = before.removesuffix(user), ""
     system_template = start
     try:
@@ -110,6 +110,10 @@ def _parts(template: ChatTemplate) -> tuple[dict[str, Any], list[str]]:
         elif start != head + tail:
             default = _DEFAULT
             notes.append(f"MLC always writes a system message; where the app gives none it is {_DEFAULT!r}")
+    shared = between.removeprefix(opening) if between.startswith(opening) else ""  # before any content
+    if not user.endswith(shared) or not (shared or opening.startswith(between)):
+        raise _refusal("it opens an answer otherwise than it writes answers that were given")
+    user, between = user.removesuffix(shared), between.removesuffix(shared)
     assistant = user.replace("user", "assistant")
     if not user or not between.endswith(assistant):
         assistant = between
@@ -121,8 +125,9 @@ def _parts(template: ChatTemplate) -> tuple[dict[str, Any], list[str]]:
         "system_template": system_template,
         "system_message": default,
         "roles": {"user": user, "assistant": assistant, "tool": user.replace("user", "tool")},
-        "seps": [between.removesuffix(assistant), after.removesuffix(user)],
-        "role_empty_sep": empty,
+        "seps": [between.removesuffix(assistant), after.removesuffix(user + shared)],
+        "role_content_sep": shared,
+        "role_empty_sep": opening.removeprefix(between),
     }
     thought = f"<think>\nhm\n</think>\n\n{answer}"
     parts["strip_reasoning_in_history"] = template.render(_talk([first, thought, second])) == template.render(
@@ -146,12 +151,6 @@ def _cut(text: str, words: Sequence[str]) -> list[str]:
         piece, text = text.split(word)
         pieces.append(piece)
     return [*pieces, text]
-
-
-def _suffix(opening: str, between: str) -> str:
-    if not opening.startswith(between):
-        raise _refusal("it opens an answer otherwise than it writes answers that were given")
-    return opening.removeprefix(between)
 
 
 def _prove(found: Conversation, template: ChatTemplate) -> None:

@@ -120,6 +120,7 @@ class MlcExporter:
         for name, content in mlc_config.app_files(device, model_lib, FOLDER, config, specs, options, usage).items():
             _write(path(f"payload/{name}"), content)
         _write(path("payload/plan.json"), _plan(model, program, options, model_lib))
+        path("payload/library.json").write_text(description + "\n", encoding="utf-8")
         path("payload/program.txt").write_text(program.dump(), encoding="utf-8")
         toolchain["torch"] = torch.__version__.split("+")[0]
         return Payload(toolchain, {"max_context": options.context}, origins, chat.notes)
