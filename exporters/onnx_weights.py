@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -20,11 +22,12 @@ from arkinfer.exporters import onnx_layout as layouts
 from arkinfer.exporters.base import Progress
 from arkinfer.exporters.onnx_outline import Layout
 from arkinfer.exporters.stored import Dtypes, Origins, array_of
+from arkinfer.exporters.weights import in_order, pool_of_threads
 from arkinfer.graph import ModelGraph, Weight
 from arkinfer.quant.packed import Packed, concatenate
 from arkinfer.reference import RowSource
 
-ROWS = 4096  # rows of a weight that are laid out at a time; even
+PIECE = 4 << 20  # numbers of a weight that a thread lays out at a time
 LayoutOf = Callable[[Weight], Layout]
 
 
@@ -75,7 +78,7 @@ def write(
     specs = _specs(stored)
     total, done = sum(spec.nbytes for spec in specs.values()), 0
     origins: dict[str, str] = {}
-    with tensors.TensorWriter(file, specs, journal) as writer:
+    with tensors.TensorWriter(file, specs, journal) as writer, pool_of_threads() as threads:
         for _, group in groupby(stored.values(), key=_unit):
             unit = list(group)
             name = unit[0].name
@@ -84,7 +87,7 @@ def write(
                 done += sum(item.spec.nbytes for item in unit)
                 continue
             digest = hashlib.sha256()
-            for item, pieces in _tensors(unit, layout_of(unit[0].weight), weights, digest):
+            for item, pieces in _tensors(unit, layout_of(unit[0].weight), weights, digest, threads):
                 for piece in writer.pieces(item.name, pieces):
                     done += piece
                     progress("weights", done, total)
@@ -103,7 +106,11 @@ def _unit(item: Stored) -> tuple[str, bool]:
 
 
 def _tensors(
-    unit: list[Stored], layout: Layout, weights: RowSource, digest: hashlib._Hash
+    unit: list[Stored],
+    layout: Layout,
+    weights: RowSource,
+    digest: hashlib._Hash,
+    threads: tuple[ThreadPoolExecutor, int],
 ) -> Iterator[tuple[Stored, Iterable[np.ndarray]]]:
     """Yield each tensor of one weight with its data; the small ones are kept while the first is made."""
     weight = unit[0].weight
@@ -117,19 +124,28 @@ def _tensors(
     leading = unit[0].part
     later: dict[str, list[np.ndarray]] = {item.part: [] for item in unit[1:]}
 
+    def piece(start: int, stop: int) -> tuple[Packed, dict[str, np.ndarray]]:
+        rows = replace(weights.rows(weight, start, stop), order=None)
+        packed = {part: array_of(tensor) for part, tensor in layouts.pack(layout, rows).items()}
+        return rows, {**packed, "words": packed["weight"]}
+
     def codes() -> Iterator[np.ndarray]:
-        for start in range(0, weight.shape[0], ROWS):
-            rows = replace(weights.rows(weight, start, min(start + ROWS, weight.shape[0])), order=None)
+        jobs = (partial(piece, *ends) for ends in _pieces(weight))
+        for rows, packed in in_order(threads[0], jobs, threads[1]):
             _add(digest, rows)
-            packed = layouts.pack(layout, rows)
-            packed["words"] = packed["weight"]
             for part, pieces in later.items():
-                pieces.append(array_of(packed[part]))
-            yield array_of(packed[leading])
+                pieces.append(packed[part])
+            yield packed[leading]
 
     yield unit[0], codes()
     for item in unit[1:]:
         yield item, later[item.part]
+
+
+def _pieces(weight: Weight) -> list[tuple[int, int]]:
+    """Return where the rows of a weight are cut: at even rows, in the middle of which no byte lies."""
+    count = max(2, PIECE // weight.shape[1] // 2 * 2)
+    return [(start, min(start + count, weight.shape[0])) for start in range(0, weight.shape[0], count)]
 
 
 def _add(digest: hashlib._Hash, rows: Packed) -> None:
@@ -170,8 +186,7 @@ class ArtifactWeights:
         }
         blocks = weight.shape[1] // (layout.block or 1)
         pieces = []
-        for start in range(0, weight.shape[0], ROWS):
-            stop = min(start + ROWS, weight.shape[0])
+        for start, stop in _pieces(weight):
             cut = {part: layouts.cut(layout, part, tensor, blocks, start, stop) for part, tensor in parts.items()}
             shape = (stop - start, weight.shape[1])
             pieces.append(layouts.canonical(layout, weight.format, weight.group, shape, cut))

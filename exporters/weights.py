@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from arkinfer.quant.packed import Packed
 from arkinfer.reference import RowSource
 
 DTYPES = {"uint8": "U8", "int8": "I8", "float16": "F16", "float32": "F32", "int32": "I32", "uint16": "BF16"}
+Result = TypeVar("Result")
 _LARGEST_POOL = 16  # threads: each holds a slice
 
 
@@ -101,10 +102,10 @@ def fill(
         units.append(_Unit(values, tuple(stored[value.name] for value in values)))
     origins: dict[str, str] = {}
     done = 0
-    with _pool() as (pool, ahead):
+    with pool_of_threads() as (pool, ahead):
         missing = [unit for unit in units if unit.name not in writer.finished]
         jobs = (partial(_slice, weights, unit, piece) for unit in missing for piece in unit.slices)
-        results = _in_order(pool, jobs, ahead)
+        results = in_order(pool, jobs, ahead)
         for unit in units:
             if unit.name in writer.finished:
                 origins[unit.name] = writer.finished[unit.name]
@@ -178,7 +179,7 @@ def _matrix(weight: Weight, gated: bool) -> pack.Matrix:
 
 
 @contextmanager
-def _pool() -> Iterator[tuple[ThreadPoolExecutor, int]]:
+def pool_of_threads() -> Iterator[tuple[ThreadPoolExecutor, int]]:
     """Give a thread per core, and how many slices may wait for the writer."""
     count, before = min(_LARGEST_POOL, len(os.sched_getaffinity(0))), torch.get_num_threads()
     try:
@@ -189,11 +190,9 @@ def _pool() -> Iterator[tuple[ThreadPoolExecutor, int]]:
         torch.set_num_threads(before)  # for threads that begin later
 
 
-def _in_order(
-    pool: ThreadPoolExecutor, jobs: Iterator[Callable[[], tuple[bytes, list[np.ndarray]]]], ahead: int
-) -> Iterator[tuple[bytes, list[np.ndarray]]]:
+def in_order(pool: ThreadPoolExecutor, jobs: Iterator[Callable[[], Result]], ahead: int) -> Iterator[Result]:
     """Yield the jobs' results in order, with at most ``ahead`` begun or waiting."""
-    pending: deque[Future[tuple[bytes, list[np.ndarray]]]] = deque()
+    pending: deque[Future[Result]] = deque()
     try:
         for job in jobs:
             pending.append(pool.submit(job))
