@@ -97,6 +97,8 @@ def _tensor(data: memoryview) -> Iterator[External]:
             name = str(value, "utf-8")
         elif number == _EXTERNAL_DATA and isinstance(value, memoryview):
             pair = {key: str(text, "utf-8") for key, text in _fields(value) if isinstance(text, memoryview)}
+            if pair.get(_KEY, "") in entries:  # readers differ in which one counts
+                raise ValueError(f"the tensor {name[:80]!r} says twice where it lies")
             entries[pair.get(_KEY, "")] = pair.get(_VALUE, "")
     if entries:
         offset, length = (entries.get(key, "") for key in ("offset", "length"))

@@ -20,10 +20,10 @@ class Compiler:
 
     def __init__(self, isa: str, platform: Platform, module: str = "relax") -> None:
         root = str(Path(arkinfer.__file__).resolve().parent.parent)
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
         self._isa = isa
         self._process = subprocess.Popen(
-            [sys.executable, "-m", f"arkinfer.exporters.{module}", isa, platform.name, platform.glibc],
+            [sys.executable, "-P", "-m", f"arkinfer.exporters.{module}", isa, platform.name, platform.glibc],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,

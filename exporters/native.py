@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-import arkinfer
 from arkinfer.artifact import tensors
 from arkinfer.exporters import compiled, linker
 from arkinfer.exporters.platforms import Platform
@@ -23,7 +22,7 @@ from arkinfer.exporters.program import Call, Extent, Program, Value
 
 FORMAT = 1  # of payload/native.json; the runner refuses any other
 BLOCK = 64  # capacities are whole attention blocks
-SOURCES = Path(arkinfer.__file__).parent.parent / "backends" / "native"
+SOURCES = Path(__file__).parent.parent / "backends" / "native"  # beside this folder, installed or not
 FOLDER = "payload/native"
 COMMAND = "arkrun"
 Names = Mapping[str, Sequence[str | None]]  # kernels by form: see relax.module

@@ -73,8 +73,8 @@ def build(request: Request, progress: Callable[[int, int], None]) -> Outcome:
     engine cannot be written. An interrupt ends the process; what it wrote of the engine stays for the caller to remove.
     """
     root = str(Path(arkinfer.__file__).resolve().parent.parent)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "arkinfer.artifact.tensorrt"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    command = [sys.executable, "-P", "-m", "arkinfer.artifact.tensorrt"]
     pipe = subprocess.PIPE
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as noise,
@@ -280,7 +280,8 @@ def _answers(request: Request) -> Iterator[dict[str, Any]]:
     try:
         _write(Path(request.engine), data)
         if kept and request.timing is not None:
-            part = Path(f"{request.timing}.part")
+            # In the engine's folder, which is locked: builds of other engines add to the same file.
+            part = Path(request.engine).with_name("timing.part")
             _write(part, memoryview(kept))
             os.replace(part, request.timing)
     except OSError as error:

@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "arkrun.h"
+#include "engine.h"
 
 #define MAX_SESSIONS 256
 
@@ -46,8 +47,9 @@ static int64_t free_place(const struct server *server) {
     return -1;
 }
 
-/* Return false when the tokens do not arrive. */
+/* Return false for what is no step, and when the tokens do not arrive. */
 static int step(struct server *server, ark_session *session, int64_t count, int64_t rows) {
+    if (rows < ARK_ROWS_NONE || rows > ARK_ROWS_ALL) return 0;
     size_t row = (size_t)ark_vocabulary(server->engine) * sizeof(float);
     size_t size = rows == ARK_ROWS_ALL ? (size_t)count * row : rows == ARK_ROWS_LAST ? row : 0;
     int32_t *tokens = malloc((size_t)count * sizeof *tokens + 1);
@@ -63,8 +65,11 @@ static int handle(struct server *server, const int64_t request[4]) {
     int64_t place = request[1];
     ark_session *session = place >= 0 && place < MAX_SESSIONS ? server->sessions[place] : NULL;
     int64_t fresh = free_place(server);
-    if ((request[0] != OPEN && !session) || fresh < 0 || request[2] < 0 || request[2] > ark_context(server->engine))
-        return 0;
+    if ((request[0] != OPEN && !session) || request[2] < 0 || request[2] > ark_context(server->engine)) return 0;
+    if (fresh < 0 && (request[0] == OPEN || request[0] == FORK)) {
+        reply(fail(ARK_MEMORY, "%d sessions are open, which is the most; close one", MAX_SESSIONS), "", 0);
+        return 1;
+    }
     switch (request[0]) {
         case OPEN:
             answer_session(server, ark_session_open(server->engine, request[2], &server->sessions[fresh]), fresh);

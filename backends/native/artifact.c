@@ -62,6 +62,7 @@ ark_status artifact_map(const struct artifact *artifact, const char *name, bool 
     uint32_t entry = json_member(json, artifact->files, name);
     int64_t size;
     char expected[65], found[65];
+    if (*name == '/' || strstr(name, "..")) return untrusted("it names a file outside the artifact");
     if (!entry)
         return fail(ARK_DAMAGED,
                     "the artifact has no file %s; was it built for a target with `native: true`? Build it again", name);

@@ -1,6 +1,7 @@
 #include <fcntl.h>
 #include <stdio.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "engine.h"
@@ -14,18 +15,18 @@ ark_status file_map(const char *folder, const char *name, struct file *file) {
     char path[MAX_PATH];
     *file = (struct file){0};
     if (!join(path, folder, name)) return fail(ARK_ARGUMENT, "the path of the artifact is too long");
-    int descriptor = open(path, O_RDONLY | O_CLOEXEC);
+    int descriptor = open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK); /* a pipe would be waited for */
     if (descriptor < 0)
-        return fail(ARK_DAMAGED, "%s cannot be opened: it is missing, or this process may not read it", path);
-    off_t size = lseek(descriptor, 0, SEEK_END);
-    if (size <= 0) {
+        return fail(ARK_DAMAGED, "%s cannot be opened: it is missing, a link, or this process may not read it", path);
+    struct stat found;
+    if (fstat(descriptor, &found) || !S_ISREG(found.st_mode) || found.st_size <= 0) {
         close(descriptor);
         return fail(ARK_DAMAGED, "%s is empty, or not a file", path);
     }
-    void *data = mmap(NULL, (size_t)size, PROT_READ, MAP_SHARED, descriptor, 0);
+    void *data = mmap(NULL, (size_t)found.st_size, PROT_READ, MAP_SHARED, descriptor, 0);
     close(descriptor);
-    if (data == MAP_FAILED) return no_memory(name, (uint64_t)size);
-    *file = (struct file){data, (size_t)size};
+    if (data == MAP_FAILED) return no_memory(name, (uint64_t)found.st_size);
+    *file = (struct file){data, (size_t)found.st_size};
     return ARK_OK;
 }
 

@@ -73,10 +73,12 @@ static ark_status read_value(struct program *program, uint32_t index, uint32_t n
     uint64_t bytes, aliased;
     if (!value_bytes(value, 1, 1, &bytes)) return unsound("a value is too large");
     if (offset >= 0 && (value->symbolic || alias >= 0)) return unsound("a weight has no fixed shape");
-    for (int64_t tokens = 1; tokens <= 2 && alias >= 0; tokens++)
-        if (!value_bytes(value, tokens, 1, &bytes) || !value_bytes(&program->values[alias], tokens, 1, &aliased) ||
+    for (int64_t step = 0; step < 3 && alias >= 0; step++) {
+        int64_t tokens = 1 + (step == 1), rows = 1 + (step == 2);
+        if (!value_bytes(value, tokens, rows, &bytes) || !value_bytes(&program->values[alias], tokens, rows, &aliased) ||
             aliased != bytes || program->offsets[alias] != UINT64_MAX)
             return unsound("a view has another size than its value");
+    }
     value->alias = (int32_t)alias;
     value->tensor.device_type = DEVICE_CPU;
     value->tensor.shape = value->shape;
@@ -202,7 +204,7 @@ static ark_status read_caches(struct program *program) {
             return unsound("a cache does not grow along one axis");
         if (!json_is(json, node, JSON_ARRAY) || json->nodes[node].count != 2 ||
             !json_integer(json, node + 1, &cache->stride) || !json_integer(json, node + 2, &cache->pack) ||
-            cache->stride < 1 || cache->stride > MAX_EXTENT || cache->pack < 1 || cache->pack > MAX_EXTENT)
+            cache->stride < 1 || cache->stride > INT32_MAX || cache->pack < 1 || cache->pack > INT32_MAX)
             return unsound("a cache has no stride and pack");
     }
     uint32_t after = FIRST_CACHE + program->cache_count;

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from fnmatch import fnmatch
+from pathlib import Path
 
 from tree import CODE, ROOT, SHIPPED, files, module, setup_cfg
 
@@ -62,3 +64,22 @@ def _lines(file: object) -> int:
 def test_no_vague_file_names() -> None:
     vague = {"utils.py", "helpers.py", "common.py", "manager.py", "util.py", "misc.py"}
     assert not [file for file in files(*CODE) if file.name in vague]
+
+
+def test_sources_of_the_runner_are_found_where_arkinfer_is_installed(tmp_path: Path) -> None:
+    """A checkout and an installation differ in where the folders lie; links stand for the latter."""
+    package = tmp_path / "arkinfer"
+    package.mkdir()
+    for place in [*(ROOT / "arkinfer").iterdir(), *(ROOT / name for name in SHIPPED if name != "arkinfer")]:
+        (package / place.name).symlink_to(place)
+    code = "from arkinfer.exporters import native; print(native.__file__, native.SOURCES / 'engine.c')"
+    command = [sys.executable, "-P", "-c", code]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    loaded, source = map(Path, done.stdout.split())
+    assert loaded.is_relative_to(tmp_path) and source.is_relative_to(tmp_path) and source.is_file()
+
+
+def test_no_process_imports_from_the_folder_that_it_is_started_in() -> None:
+    """Without -P, `python -m` takes modules from the current folder first, whoever put them there."""
+    assert not [file for file in files(*SHIPPED) if 'sys.executable, "-m"' in file.read_text(encoding="utf-8")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -60,6 +61,22 @@ def test_damaged_file(name: str, damage: str, copy: Path, library: capi.Library)
     assert Path(name).suffix in text
 
 
+def test_what_is_no_plain_file(copy: Path, library: capi.Library) -> None:
+    """A pipe is not waited for, a link not followed, and no name leads out of the folder."""
+    weights = copy / "weights-cpu.safetensors"
+    weights.rename(copy.parent / "elsewhere")
+    weights.symlink_to(copy.parent / "elsewhere")
+    status, text = refusal(library, copy)
+    assert status == capi.DAMAGED and "a link" in text
+    weights.unlink()
+    os.mkfifo(weights)
+    status, text = refusal(library, copy)
+    assert status == capi.DAMAGED and "not a file" in text
+    rewrite(copy, lambda value: value.update(weights="../elsewhere"))
+    status, text = refusal(library, copy)
+    assert status == capi.DAMAGED and "outside the artifact" in text
+
+
 def test_changed_bytes(copy: Path, library: capi.Library) -> None:
     """Weights are read for it only when asked, since that reads all of them; everything else always is."""
 
@@ -108,6 +125,8 @@ def test_other_artifacts(copy: Path, library: capi.Library, tmp_path: Path) -> N
         lambda value: value["values"][-1].__setitem__(1, ["r", 2**40]),
         lambda value: value["values"][5].__setitem__(3, 1 << 40),
         lambda value: value["values"][5].__setitem__(3, 65),
+        lambda value: value["values"].append(["int32", ["n", "r"], 0, -1]),  # a view that grows with the rows
+        lambda value: value["caches"][0].__setitem__(0, 1 << 40),
         lambda value: value.update(context=0),
         lambda value: value.update(result=7),
         lambda value: value["caches"].pop(),

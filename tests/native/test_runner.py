@@ -92,6 +92,18 @@ def test_executor(tiny: Artifact) -> None:
         executor.step([1], twin)
 
 
+def test_as_many_sessions_as_the_runner_serves(tiny: Artifact) -> None:
+    """One more is refused; those that are open go on."""
+    executor = RunnerExecutor(tiny, threads=1)
+    states = [executor.new_state(8) for _ in range(256)]
+    with pytest.raises(InternalError, match="256 sessions are open"):
+        executor.new_state(8)
+    assert executor.step([1], states[0]).shape == (1, executor.vocab_size)
+    states.pop()
+    executor.new_state(8)
+    executor.close()
+
+
 def test_executor_passes_on_what_the_runner_says(tiny: Artifact, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="does not start"):
         RunnerExecutor(tiny, emulator=[str(tmp_path / "absent")])

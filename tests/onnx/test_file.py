@@ -59,6 +59,10 @@ def negative(model: Any, folder: Path) -> None:
     entries(model)["offset"].value = "-64"
 
 
+def twice(model: Any, folder: Path) -> None:
+    model.graph.initializer[3].external_data.add(key="location", value="weights-onnx.safetensors")
+
+
 def in_a_function(model: Any, folder: Path) -> None:
     constant = next(node for node in model.functions[0].node if node.attribute)
     tensor = constant.attribute[0].t
@@ -76,6 +80,7 @@ def in_a_function(model: Any, folder: Path) -> None:
         (truncated, "ends at byte"),
         (beyond, "ends at byte"),
         (negative, "which bytes"),
+        (twice, "says twice"),
         (in_a_function, "outside the artifact"),
     ],
 )

@@ -136,7 +136,7 @@ class _Process:
         self._log = out.joinpath("log").open("w+", encoding="utf-8")
         environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
             "TRITON_CACHE_DIR": str(out / "cache"),  # ours is keyed by what matters, and checked
         }
         environment.pop("TRITON_INTERPRET", None)
@@ -144,7 +144,7 @@ class _Process:
         jobs.write_text(f"[{','.join(texts)}]", encoding="utf-8")
         with jobs.open(encoding="utf-8") as stdin:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "arkinfer.exporters.kernels.triton.compiler", str(out)],
+                [sys.executable, "-P", "-m", "arkinfer.exporters.kernels.triton.compiler", str(out)],
                 env=environment,
                 stdin=stdin,
                 stdout=subprocess.DEVNULL,
