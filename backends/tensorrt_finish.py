@@ -151,7 +151,8 @@ def finish(
     if not force and (found := _sealed(folder, source)) is not None:
         return found
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # of parents the mode would be the umask's
+        folder.mkdir(exist_ok=True, mode=0o700)
         with _locked(folder, tell):
             if not force and (found := _sealed(folder, source)) is not None:  # whoever held the lock built it
                 return found

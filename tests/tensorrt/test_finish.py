@@ -52,6 +52,19 @@ def test_an_engine_is_built_once_and_recorded(jetson: Artifact, orin: Orin, tmp_
     assert forced is not None and forced.built
 
 
+def test_a_umask_that_lets_the_group_write(jetson: Artifact, orin: Orin, tmp_path: Path) -> None:
+    """As Ubuntu sets it for its users, whose folders nobody else may write to all the same."""
+    orin(jetson, cache=tmp_path / "cache")
+    before = os.umask(0o002)
+    try:
+        first = backends.finish(jetson)
+    finally:
+        os.umask(before)
+    assert first is not None and first.built
+    again = backends.finish(jetson)
+    assert again is not None and not again.built
+
+
 @pytest.mark.parametrize("change", [{"version": "10.17.0.1"}, {"level": "sm_89"}])
 def test_another_tensorrt_or_gpu_builds_anew(
     change: dict[str, str], orin: Orin, tmp_path: Path, jetson: Artifact
