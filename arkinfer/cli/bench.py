@@ -16,7 +16,7 @@ from arkinfer.errors import UnsupportedError, UserError
 
 if TYPE_CHECKING:
     from arkinfer.artifact import Artifact
-    from arkinfer.backends.base import Draw, Executor, State
+    from arkinfer.backends.base import Executor, State
 
 CHUNK = 512  # prompt tokens per step, as the runtime reads prompts
 
@@ -187,6 +187,8 @@ def _read(executor: Executor, state: State, count: int) -> float:
 
 def _answer(executor: Executor, state: State, count: int) -> float:
     """Return the seconds of ``count`` steps of one token, each chosen (by the executor if it can) from the logits."""
+    from arkinfer.backends.base import Draw
+
     token, largest = _tokens(executor, 1)[0], Draw()
     begin = time.perf_counter()
     for _ in range(count):
