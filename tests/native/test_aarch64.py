@@ -23,11 +23,11 @@ NEEDLE = 1024  # tokens: some 14 ms of processor time each under qemu
 MEGABYTE = 1 << 20
 # What the C library of Android has had since API level 21, of what the runner calls. bionic exports all of them.
 BIONIC = """
-__errno __stack_chk_fail calloc close cosf dlclose dlerror dlopen dlsym free getauxval ldexpf lseek malloc memchr memcmp
+__errno __stack_chk_fail calloc close cosf dlclose dlerror dlopen dlsym free fstat getauxval ldexpf malloc memchr memcmp
 memcpy memmove memset mmap munmap open posix_memalign pthread_cond_broadcast pthread_cond_destroy pthread_cond_init
 pthread_cond_signal pthread_cond_wait pthread_create pthread_getspecific pthread_join pthread_key_create
 pthread_mutex_destroy pthread_mutex_init pthread_mutex_lock pthread_mutex_unlock pthread_once pthread_setspecific qsort
-realloc sched_getaffinity sinf snprintf strchr strcmp strlen vsnprintf
+realloc sched_getaffinity sinf snprintf strchr strcmp strlen strstr vsnprintf
 """
 
 
