@@ -15,9 +15,9 @@ ark_status file_map(const char *folder, const char *name, struct file *file) {
     char path[MAX_PATH];
     *file = (struct file){0};
     if (!join(path, folder, name)) return fail(ARK_ARGUMENT, "the path of the artifact is too long");
-    int descriptor = open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK); /* a pipe would be waited for */
+    int descriptor = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a pipe would be waited for */
     if (descriptor < 0)
-        return fail(ARK_DAMAGED, "%s cannot be opened: it is missing, a link, or this process may not read it", path);
+        return fail(ARK_DAMAGED, "%s cannot be opened: it is missing, or this process may not read it", path);
     struct stat found;
     if (fstat(descriptor, &found) || !S_ISREG(found.st_mode) || found.st_size <= 0) {
         close(descriptor);
