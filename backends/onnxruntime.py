@@ -73,6 +73,33 @@ class CacheSpec:
         return tuple(extent if axis == -1 else axis for axis in self.shape)
 
 
+def _read_plan(artifact: Artifact) -> dict[str, Any]:
+    """Return payload/plan.json. Raises ArtifactError where this version cannot read it."""
+    try:
+        plan = json.loads(artifact.file("payload/plan.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _unsound(str(error)) from error
+    if not isinstance(plan, dict):
+        raise _unsound("no JSON object")
+    if plan.get("format") != PLAN_FORMAT:
+        raise ArtifactError(
+            "the artifact was built by another version of arkinfer",
+            facts={"plan format": plan.get("format"), "this version reads": PLAN_FORMAT},
+            hint="arkinfer build MODEL -o NAME.ark --force",
+            code="ARK-E512",
+        )
+    return plan
+
+
+def _unsound(fault: str) -> ArtifactError:
+    return ArtifactError(
+        "payload/plan.json of the artifact does not hold what it must",
+        facts={"fault": fault},
+        hint="arkinfer build MODEL -o NAME.ark --force",
+        code="ARK-E512",
+    )
+
+
 class OnnxruntimeState(State):
     """The caches of one token sequence, bound once."""
 
@@ -117,31 +144,26 @@ class OnnxruntimeExecutor(Executor):
         self.threads = threads or int(os.environ.get("ARKINFER_THREADS", "0")) or len(os.sched_getaffinity(0))
         if self.threads < 1:
             raise UserError(f"threads must be at least 1, not {self.threads}", code="ARK-E212")
-        plan = json.loads(artifact.file("payload/plan.json").read_text(encoding="utf-8"))
-        if plan.get("format") != PLAN_FORMAT:
-            raise ArtifactError(
-                "the artifact was built by another version of arkinfer",
-                facts={"plan format": plan.get("format"), "this version reads": PLAN_FORMAT},
-                hint="arkinfer build MODEL -o NAME.ark --force",
-                code="ARK-E512",
-            )
-        self.plan = plan
-        self._gear = gear(plan["sparse"], attention or artifact.manifest.attention)
-        self.vocab_size, self.max_context = int(plan["vocab_size"]), int(plan["max_context"])
-        self.caches = [
-            CacheSpec(spec["name"], spec["dtype"], tuple(spec["shape"]), spec["stride"]) for spec in plan["caches"]
-        ]
-        self._provider = provider or plan["provider"]
+        self.plan = plan = _read_plan(artifact)
+        try:
+            self._gear = gear(plan["sparse"], attention or artifact.manifest.attention)
+            self.vocab_size, self.max_context = int(plan["vocab_size"]), int(plan["max_context"])
+            self.caches = [
+                CacheSpec(spec["name"], spec["dtype"], tuple(spec["shape"]), spec["stride"]) for spec in plan["caches"]
+            ]
+            frequencies = np.array([float.fromhex(value) for value in plan["rope"]["inverse_frequencies"]], np.float32)
+            magnitude, activations = float.fromhex(plan["rope"]["magnitude"]), np.dtype(plan["activations"])
+            self._provider = provider or {each: each for each in PROVIDERS}[plan["provider"]]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise _unsound(f"{type(error).__name__}: {error}") from error
         self._library = _library(self._provider)
         self.isa = f"onnxruntime {self._library.__version__}, {PROVIDERS[self._provider]}"
         self.session = self._open(artifact)
-        rope = plan["rope"]
-        frequencies = np.array([float.fromhex(value) for value in rope["inverse_frequencies"]], np.float32)
-        rotation = tables(frequencies, float.fromhex(rope["magnitude"]), 0, self.max_context)
+        rotation = tables(frequencies, magnitude, 0, self.max_context)
         # Models in standard operators rotate by themselves.
         self._inputs = {each.name for each in self.session.get_inputs()}
         self.constants = {
-            name: self.place(np.ascontiguousarray(table, plan["activations"]))
+            name: self.place(np.ascontiguousarray(table, activations))
             for name, table in zip(("cos", "sin"), rotation, strict=True)
             if name in self._inputs
         }

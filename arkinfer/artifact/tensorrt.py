@@ -215,15 +215,17 @@ def compile_engine(
     builder, network, layers = parse(module, log, model)
     config = configure(module, builder, network, recipe, level)
     if timing is not None:
-        config.set_timing_cache(config.create_timing_cache(timing), False)
+        # A file that is none of this TensorRT's is worth nothing, and no reason to fail.
+        cache = config.create_timing_cache(timing) or config.create_timing_cache(b"")
+        config.set_timing_cache(cache, False)
     monitor = _monitor(module, report)
     config.progress_monitor = monitor
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise Refusal("could not build the engine", log.errors)
     kept = None
-    if timing is not None and (cache := config.get_timing_cache()) is not None:
-        kept = bytes(memoryview(cache.serialize()))
+    if timing is not None and (timed := config.get_timing_cache()) is not None:
+        kept = bytes(memoryview(timed.serialize()))
     return engine, kept, layers
 
 

@@ -5,7 +5,7 @@
  *
  * Threads. Any number of sessions may be used from any number of threads; an engine computes one step at a time and the
  * others wait. One session serves one call at a time: a second one gets ARK_BUSY. ark_cancel may be called from any
- * thread at any time before ark_session_close.
+ * thread at any time before ark_session_close. A process made by fork(2) has no threads of the pool: open anew there.
  *
  * Errors. Every function that can fail returns an ark_status; ark_error() then tells the calling thread what was wrong
  * and what to do. A failed call leaves its session as it was, unless stated otherwise.
@@ -108,7 +108,8 @@ ARK_API ark_status ark_truncate(ark_session *session, int64_t length);
 /* Make an independent copy; it takes time and memory in proportion to the session's length. */
 ARK_API ark_status ark_fork(ark_session *session, ark_session **twin);
 
-/* End the call that is at work on the session, if any, within one kernel. From any thread. */
+/* End the call on the session, if any: within one kernel once it computes; one that waits for another session's step
+ * ends after that. From any thread. */
 ARK_API void ark_cancel(ark_session *session);
 
 /* How to choose a token from logits. temperature 0 (below 1e-30) or top_k 1 is greedy; top_k 0, top_p 0 and 1, min_p 0 change

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -92,6 +93,28 @@ def test_weights_that_lie_elsewhere_are_refused(floats: Artifact, folder: Path, 
     with pytest.raises(ArtifactError) as caught:
         backend.open(Artifact(folder, floats.manifest))
     assert caught.value.code == "ARK-E513" and words in caught.value.render()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": 99},
+        {"provider": "npu"},
+        {"caches": 3},
+        {"caches": [{"name": "layers.0.k"}]},
+        {"rope": {"inverse_frequencies": ["one"], "magnitude": "0x1p+0"}},
+        {"activations": "float99"},
+        {"vocab_size": None},
+    ],
+)
+def test_a_plan_that_does_not_hold_what_it_must_is_refused(
+    floats: Artifact, folder: Path, change: dict[str, Any]
+) -> None:
+    place = folder / "payload/plan.json"
+    place.write_text(json.dumps({**json.loads(place.read_text()), **change}))
+    with pytest.raises(ArtifactError) as caught:
+        backend.open(Artifact(folder, floats.manifest))
+    assert caught.value.code == "ARK-E512"
 
 
 def test_it_reads_what_onnx_reads(floats: Artifact) -> None:
