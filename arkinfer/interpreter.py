@@ -19,11 +19,11 @@ from arkinfer.artifact.plan import NEVER, Buffer, Launch, Piece, Plan, Schedule,
 from arkinfer.backends import control
 from arkinfer.backends.base import Draw, Executor, Rows, State, truncated
 from arkinfer.backends.gears import gear
+from arkinfer.backends.payload import PLAN, read
 from arkinfer.backends.rotation import tables
 from arkinfer.errors import ArtifactError
 from arkinfer.exporters.kernels import triton as kernels
 
-PLAN = "payload/plan.json"
 FEW = 8  # tokens of a step for which threads cost more than they bring
 _POISON = 0xFF  # NaN in every float type, -1 in every signed integer
 DTYPES = {
@@ -57,15 +57,7 @@ class PlanInterpreter(Executor):
     draws = True
 
     def __init__(self, artifact: Artifact, threads: int | None = None, attention: str | None = None) -> None:
-        try:
-            self.plan = plan = Plan.from_json(artifact.file(PLAN).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ArtifactError(
-                "the artifact's plan cannot be run",
-                facts={"file": PLAN, "reason": error},
-                hint="arkinfer build MODEL -o NAME.ark --force",
-                code="ARK-E512",
-            ) from error
+        self.plan = plan = read(artifact, PLAN, Plan.from_json)
         facts = plan.facts
         self.threads, self.isa = threads or torch.get_num_threads(), "interpreted"
         self.vocab_size, self.max_context = int(facts["vocab_size"]), int(facts["max_context"])

@@ -22,12 +22,12 @@ from arkinfer.backends import control
 from arkinfer.backends.base import Draw, Executor, Rows, State, truncated
 from arkinfer.backends.cuda_driver import Driver, places, present_gpu
 from arkinfer.backends.gears import decode_bytes, gear
+from arkinfer.backends.payload import PLAN, read
 from arkinfer.backends.rotation import tables
 from arkinfer.backends.upload import upload
-from arkinfer.errors import ArtifactError, UnsupportedError
+from arkinfer.errors import UnsupportedError
 from arkinfer.targets.probe import Gpu
 
-PLAN = "payload/plan.json"
 # The CUDA versions from which drivers load the code: every 12 takes cubins of ptxas 12.9 (minor version compatibility);
 # to translate PTX they must know its version, 8.5.
 DRIVERS: Mapping[bool, tuple[int, int]] = {False: (12, 0), True: (12, 5)}
@@ -81,7 +81,7 @@ class CudaExecutor(Executor):
     draws = True
 
     def __init__(self, artifact: Artifact, threads: int | None, attention: str | None) -> None:
-        self.plan = plan = _read_plan(artifact)
+        self.plan = plan = read(artifact, PLAN, Plan.from_json)
         facts = plan.facts
         self.threads = threads or 1
         self.vocab_size, self.max_context = int(facts["vocab_size"]), int(facts["max_context"])
@@ -393,18 +393,6 @@ class CudaExecutor(Executor):
             for graph in [graph for slot in self._slots for graph in slot.graphs.values()]:
                 driver.forget(graph)
             driver.close()
-
-
-def _read_plan(artifact: Artifact) -> Plan:
-    try:
-        return Plan.from_json(artifact.file(PLAN).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArtifactError(
-            "the artifact's plan cannot be run",
-            facts={"file": PLAN, "reason": error},
-            hint="arkinfer build MODEL -o NAME.ark --force",
-            code="ARK-E512",
-        ) from error
 
 
 def _level(artifact: Artifact, plan: Plan, gpu: Gpu) -> tuple[str, bool]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from arkinfer.artifact import Artifact
 from arkinfer.backends.base import Executor, Rows, State, truncated
+from arkinfer.backends.payload import read_plan
 from arkinfer.backends.tvm import aligned, load_ffi, thread_count
 from arkinfer.errors import ArtifactError, UnsupportedError
 from arkinfer.targets import probe
@@ -61,14 +62,7 @@ class MlcExecutor(Executor):
 
     def __init__(self, artifact: Artifact, threads: int | None, attention: str | None) -> None:
         self.threads = thread_count(threads)
-        plan = json.loads(artifact.file("payload/plan.json").read_text(encoding="utf-8"))
-        if plan.get("format") != PLAN_FORMAT:
-            raise ArtifactError(
-                "the artifact was built by another version of arkinfer",
-                facts={"plan format": plan.get("format"), "this version reads": PLAN_FORMAT},
-                hint="arkinfer build MODEL -o NAME.ark --force",
-                code="ARK-E512",
-            )
+        plan = read_plan(artifact, PLAN_FORMAT)
         if probe.usable([plan["isa"]]) is None:
             raise UnsupportedError(
                 "an MLC package runs in an app on a phone; its form for PCs does not run here either",

@@ -6,7 +6,6 @@ onnxruntime would otherwise take the processor for whatever a GPU cannot do, and
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from arkinfer.artifact import Artifact
 from arkinfer.backends import onnx_file
 from arkinfer.backends.base import Executor, Rows, State, truncated
 from arkinfer.backends.gears import decode_bytes, gear
+from arkinfer.backends.payload import PLAN, read_plan, unsound
 from arkinfer.backends.rotation import tables
 from arkinfer.errors import ArtifactError, UnsupportedError, UserError
 
@@ -73,33 +73,6 @@ class CacheSpec:
         return tuple(extent if axis == -1 else axis for axis in self.shape)
 
 
-def _read_plan(artifact: Artifact) -> dict[str, Any]:
-    """Return payload/plan.json. Raises ArtifactError where this version cannot read it."""
-    try:
-        plan = json.loads(artifact.file("payload/plan.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise _unsound(str(error)) from error
-    if not isinstance(plan, dict):
-        raise _unsound("no JSON object")
-    if plan.get("format") != PLAN_FORMAT:
-        raise ArtifactError(
-            "the artifact was built by another version of arkinfer",
-            facts={"plan format": plan.get("format"), "this version reads": PLAN_FORMAT},
-            hint="arkinfer build MODEL -o NAME.ark --force",
-            code="ARK-E512",
-        )
-    return plan
-
-
-def _unsound(fault: str) -> ArtifactError:
-    return ArtifactError(
-        "payload/plan.json of the artifact does not hold what it must",
-        facts={"fault": fault},
-        hint="arkinfer build MODEL -o NAME.ark --force",
-        code="ARK-E512",
-    )
-
-
 class OnnxruntimeState(State):
     """The caches of one token sequence, bound once."""
 
@@ -144,7 +117,7 @@ class OnnxruntimeExecutor(Executor):
         self.threads = threads or int(os.environ.get("ARKINFER_THREADS", "0")) or len(os.sched_getaffinity(0))
         if self.threads < 1:
             raise UserError(f"threads must be at least 1, not {self.threads}", code="ARK-E212")
-        self.plan = plan = _read_plan(artifact)
+        self.plan = plan = read_plan(artifact, PLAN_FORMAT)
         try:
             self._gear = gear(plan["sparse"], attention or artifact.manifest.attention)
             self.vocab_size, self.max_context = int(plan["vocab_size"]), int(plan["max_context"])
@@ -155,7 +128,7 @@ class OnnxruntimeExecutor(Executor):
             magnitude, activations = float.fromhex(plan["rope"]["magnitude"]), np.dtype(plan["activations"])
             self._provider = provider or {each: each for each in PROVIDERS}[plan["provider"]]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise _unsound(f"{type(error).__name__}: {error}") from error
+            raise unsound(PLAN, f"{type(error).__name__}: {error}") from error
         self._library = _library(self._provider)
         self.isa = f"onnxruntime {self._library.__version__}, {PROVIDERS[self._provider]}"
         self.session = self._open(artifact)

@@ -25,7 +25,8 @@ from arkinfer.artifact.lock import FolderLock
 from arkinfer.artifact.manifest import canonical
 from arkinfer.backends import onnx_file
 from arkinfer.backends.cuda_driver import present_gpu
-from arkinfer.errors import ArtifactError, UnsupportedError, UserError
+from arkinfer.backends.payload import read
+from arkinfer.errors import UnsupportedError, UserError
 from arkinfer.targets import probe
 from arkinfer.targets.probe import Gpu
 from arkinfer.targets.versions import within
@@ -71,15 +72,7 @@ class Device:
 
 def read_recipe(artifact: Artifact) -> EngineRecipe:
     """Return the recipe in ``artifact``. Raises ArtifactError for anything but a sound one."""
-    try:
-        return EngineRecipe.from_json(artifact.file(FILE).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArtifactError(
-            "the artifact's recipe for TensorRT cannot be used",
-            facts={"file": FILE, "reason": error},
-            hint="arkinfer build MODEL -o NAME.ark --force",
-            code="ARK-E512",
-        ) from error
+    return read(artifact, FILE, EngineRecipe.from_json)
 
 
 def require(recipe: EngineRecipe, target: str) -> Device:

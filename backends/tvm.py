@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import json
 import math
 import os
 import sys
@@ -24,6 +23,7 @@ from arkinfer.artifact import Artifact
 from arkinfer.artifact.tensors import load as load_tensors
 from arkinfer.backends.base import Executor, State, truncated
 from arkinfer.backends.gears import decode_bytes, gear
+from arkinfer.backends.payload import read_plan
 from arkinfer.errors import ArtifactError, UnsupportedError, UserError
 from arkinfer.targets import probe
 
@@ -154,15 +154,7 @@ class TvmExecutor(Executor):
     def __init__(self, artifact: Artifact, threads: int | None, attention: str | None) -> None:
         self.threads = thread_count(threads)
         self.ffi = load_ffi(self.threads)
-        plan = json.loads(artifact.file("payload/plan.json").read_text(encoding="utf-8"))
-        if plan.get("format") != PLAN_FORMAT:
-            raise ArtifactError(
-                "the artifact was built by another version of arkinfer",
-                facts={"plan format": plan.get("format"), "this version reads": PLAN_FORMAT},
-                hint="arkinfer build MODEL -o NAME.ark --force",
-                code="ARK-E512",
-            )
-        self.plan = plan
+        self.plan = plan = read_plan(artifact, PLAN_FORMAT)
         target = artifact.manifest.target
         self.isa = probe.usable(plan["isa"], target.get("platform")) or ""
         if not self.isa:
