@@ -52,11 +52,18 @@ _GPU = Factors(
     layer_seconds=20e-6,
     source="guessed: no GPU has run it",
 )
+_SOURCES = {
+    "tensorrt": "guessed from another backend's, measured on CPUs: no GPU has run it",
+    "onnxruntime": "guessed from another backend's, measured on CPUs",
+    "mlc": "guessed from another backend's, measured on CPUs",
+}
 
 
 def factors(backend: str) -> Factors:
     """Return the factors of a backend."""
-    return _GPU if backend == "cuda" else Factors()
+    if backend == "cuda":
+        return _GPU
+    return Factors(source=_SOURCES[backend]) if backend in _SOURCES else Factors()
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ class OnnxruntimeExporter:
         if absent := [tool for tool in TOOLS if importlib.util.find_spec(tool.replace("-", "_")) is None]:
             raise UnsupportedError(
                 f"building for the target {target.name} needs {', '.join(absent)}",
-                hint="pip install 'arkinfer[build,onnx-build]'",
+                hint="pip install 'arkinfer[build,onnx-build,onnxruntime]'",
                 code="ARK-E312",
             )
         from arkinfer.exporters.onnx_lowering import Lowering

@@ -12,7 +12,7 @@ from typing import NoReturn
 import click
 
 from arkinfer import __version__
-from arkinfer.errors import ArkError, InternalError, nearest
+from arkinfer.errors import ArkError, InternalError, UnsupportedError, nearest
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -95,11 +95,22 @@ def _status(arguments: list[str]) -> int:
     except ArkError as error:
         return _report(error, arguments)
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+            return _report(_needs_torch(), arguments)
         if os.environ.get("ARKINFER_DEBUG"):
             traceback.print_exc()
         reason = f"{type(error).__name__}: {error}"
         hint = "ARKINFER_DEBUG=1 shows where; please report it with the command that you ran"
         return _report(InternalError("arkinfer has failed", facts={"reason": reason}, hint=hint), arguments)
+
+
+def _needs_torch() -> UnsupportedError:
+    """Return the error of commands that capture or compare a model where only what runs artifacts is installed."""
+    return UnsupportedError(
+        "this command computes with torch, which is not installed",
+        hint="pip install 'arkinfer[build]' to build, 'arkinfer[torch]' to verify",
+        code="ARK-E318",
+    )
 
 
 def _report(error: ArkError, arguments: list[str]) -> int:

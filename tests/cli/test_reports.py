@@ -175,3 +175,10 @@ def test_every_byte_is_reported_while_an_artifact_is_checked(ark: str) -> None:
     artifact = Artifact.open(ark, "full", lambda *step: seen.append(step))
     total = sum(entry.size for entry in artifact.manifest.files.values())
     assert seen[-1] == ("check", total, total)
+
+
+def test_building_where_only_the_runtime_is_installed() -> None:
+    """A device has no torch: the error names what to install, and is no fault of arkinfer's."""
+    code = "import sys; sys.modules['torch'] = None; from arkinfer.cli import main; main(['build', 'tiny-minicpm'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 3 and "ARK-E318" in done.stderr and "arkinfer[build]" in done.stderr
