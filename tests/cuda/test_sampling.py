@@ -76,8 +76,9 @@ def test_what_needs_the_logits_is_chosen_on_the_host(opened: tuple[Engine, FakeD
     engine, fake = opened
     for options in ({"min_p": 0.1}, {"repetition_penalty": 1.2}, {"frequency_penalty": 0.5}):
         before = fake.downloaded
-        engine.generate(PROMPT, max_tokens=3, temperature=1.0, **options)  # type: ignore[arg-type]
-        assert fake.downloaded - before == 3 * 4 * engine.vocab_size
+        answer = engine.generate(PROMPT, max_tokens=3, temperature=1.0, seed=1, **options)  # type: ignore[arg-type]
+        steps = len(answer.tokens) + (answer.finish_reason == "stop")  # the end of an answer is chosen from logits too
+        assert fake.downloaded - before == 4 * steps * engine.vocab_size
 
 
 def test_requests_that_take_turns_do_not_show_in_each_other(opened: tuple[Engine, FakeDriver]) -> None:
