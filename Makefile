@@ -22,7 +22,7 @@ install: $(VENV)/.build
 test: $(VENV)/.test
 	@$(BIN)/python -c 'from arkinfer.exporters import emulator; emulator.command("max", emulator.root())' 2>/dev/null || \
 	  { echo "make test needs qemu: sudo apt-get install qemu-user-static libc6-arm64-cross"; exit 1; }
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest -n 2 $(PYTEST_OPTIONS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
